@@ -1,0 +1,416 @@
+"""`learn`: coefficient learning from unlabelled inputs through merged forward passes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .coefficients import Coefficients
+from .learning_checkpoint import load_checkpoint, save_checkpoint
+from .objectives import Batch, Objective, entropy, resolve_objective
+from .ops import softmax_entropy
+
+Logits = Callable[[Any], Tensor]
+
+COLLAPSE_WINDOW = 20  # steps over which predicted classes are counted
+
+
+class CollapseWarning(UserWarning):
+    """Predictions of a task concentrate on few classes while their entropy falls."""
+
+
+@dataclass
+class History:
+    """What happened while learning.
+
+    Attributes:
+        loss: sum of the tasks' objectives, one value per step.
+        task_loss: the same per task.
+        entropy: mean prediction entropy per task and step, whatever the objective.
+        evaluations: (step, result) of every call of `evaluate`.
+        seconds: time spent, all runs of a resumed learning together.
+        stopped_early: whether `patience` ended it.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    task_loss: dict[str, list[float]] = field(default_factory=dict)
+    entropy: dict[str, list[float]] = field(default_factory=dict)
+    evaluations: list[tuple[int, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped_early: bool = False
+
+
+class ShuffledBatches:
+    """Endless batches of a task's unlabelled inputs, reshuffled every pass, same for one seed.
+
+    Args:
+        inputs: a tensor [N, ...], or a dict, tuple or list of such tensors.
+        batch_size: rows a batch; the last rows of a pass that do not fill one are skipped.
+        seed: seed of the shuffling.
+    """
+
+    def __init__(self, inputs: Any, batch_size: int = 16, seed: int = 0):
+        self.inputs, self.batch_size, self.seed = inputs, batch_size, seed
+        self.rows = _row_count(inputs)
+        if not 1 <= batch_size <= self.rows:
+            raise ValueError(f"batch_size must be in 1..{self.rows} (the rows), got {batch_size}")
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            order = torch.randperm(self.rows, generator=generator)
+            for start in range(0, self.rows - self.batch_size + 1, self.batch_size):
+                index = order[start : start + self.batch_size]
+                yield pytree.tree_map(lambda t, index=index: t[index], self.inputs)
+
+
+def learn(
+    model: nn.Module,
+    coefficients: Coefficients,
+    batches: Mapping[str, Iterable[Any]],
+    *,
+    heads: Mapping[str, Callable[[Any], Tensor]] | None = None,
+    objective: str | Objective = "entropy",
+    expert_logits: Mapping[str, Logits | nn.Module] | None = None,
+    steps: int = 500,
+    lr: float = 1e-3,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    evaluate: Callable[[], Any] | None = None,
+    evaluate_every: int = 0,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> History:
+    """Learn merge coefficients by gradient descent on the sum of all tasks' objectives.
+
+    minimise sum_t mean_{x in B_t} objective(head_t(model(x))) over the coefficients; merged
+    weights are never built. Tasks whose inputs have equal shapes run in one forward pass; the
+    others run one after the other, each with its own backward pass. The model runs in the mode
+    (train or eval) it is in; its other parameters are frozen meanwhile.
+
+    Args:
+        model: a model with merged weights (`fastmerge.attach`).
+        coefficients: what `attach` returned.
+        batches: {task: iterable of inputs}, one batch a task and step; an iterable that ends
+            starts again. Inputs: a tensor (model(x)), a tuple or list (model(*x)) or a dict
+            (model(**x)) of tensors with the rows in dimension 0. The paper uses 16 rows
+            (`ShuffledBatches`).
+        heads: {task: callable on the model's output -> logits [B, C]}; without, the output is it.
+        objective: "entropy", "kl" (to the expert) or a callable(logits, Batch) -> scalar.
+        expert_logits: {task: callable(inputs) -> logits, or the expert's module (its output goes
+            through the task's head)}.
+        steps: optimizer steps in total.
+        lr: Adam's learning rate (betas 0.9, 0.999, no weight decay).
+        optimizer: function from the parameter list to an optimizer, instead of Adam.
+        evaluate: called without arguments before the first step, every `evaluate_every` steps and
+            at the end; its results (JSON-like) go to `History.evaluations`.
+        patience: stop after so many steps without a better smoothed loss.
+        checkpoint: file to save coefficients, optimizer state and history to, every
+            `checkpoint_every` steps and at the end.
+        resume: continue from `checkpoint` if it exists. Exact if the batches come in the same
+            order again: iterables are read up to the step reached.
+        progress: show a progress bar with loss and time left; by default on a terminal.
+
+    Returns:
+        The history; the coefficients themselves are changed in place.
+
+    Raises:
+        ValueError: tasks, heads or arguments do not fit together, or a batch iterable is empty.
+        FloatingPointError: a loss is NaN or Inf; names step and task, coefficients stay as they
+            were after the last good step.
+        FileExistsError: `checkpoint` exists and `resume` was not asked for.
+
+    Source: AdaMerging (arXiv 2310.02575): init 0.3, Adam 1e-3, batch 16, 500 steps.
+    """
+    tasks = list(batches)
+    loss_of = resolve_objective(objective)
+    _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience)
+    parameters = [p for p in coefficients.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("coefficients have no parameter that requires grad")
+    stepper = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr)
+    history = History(task_loss={t: [] for t in tasks}, entropy={t: [] for t in tasks})
+    if checkpoint is not None and Path(checkpoint).exists():
+        if not resume:
+            raise FileExistsError(f"{checkpoint} exists: pass resume=True to continue it")
+        history = History(**load_checkpoint(checkpoint, coefficients, stepper, tasks))
+    streams = {task: _Stream(task, batches[task], len(history.loss)) for task in tasks}
+    if loss_of is entropy:
+        expert_logits = None  # nothing to compare with
+    runner = _Runner(model, heads or {}, expert_logits or {}, loss_of)
+    monitor = _CollapseMonitor(tasks)
+    begun = time.perf_counter() - history.seconds
+    if evaluate is not None and not history.evaluations:
+        history.evaluations.append((0, evaluate()))
+    with _frozen(model, coefficients), _progress_bar(steps, progress) as report:
+        for step in range(len(history.loss), steps):
+            if history.stopped_early:
+                break
+            stepper.zero_grad(set_to_none=True)
+            losses, logits = runner.step({t: streams[t].next() for t in tasks}, step)
+            _check_finite_gradients(parameters, step)
+            stepper.step()
+            history.loss.append(sum(losses.values()))
+            for task in tasks:
+                history.task_loss[task].append(losses[task])
+                history.entropy[task].append(float(softmax_entropy(logits[task]).mean()))
+            monitor.update(step, logits, history.entropy)
+            report(step + 1, history.loss[-1])
+            done = step + 1
+            history.stopped_early = patience is not None and _stalled(history.loss, patience)
+            last = done == steps or history.stopped_early
+            if evaluate is not None and (last or (evaluate_every and done % evaluate_every == 0)):
+                history.evaluations.append((done, evaluate()))
+            history.seconds = time.perf_counter() - begun
+            if checkpoint is not None and (last or done % checkpoint_every == 0):
+                save_checkpoint(checkpoint, coefficients, stepper, vars(history))
+    return history
+
+
+def _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience):
+    if not tasks:
+        raise ValueError("batches is empty: expected {task: iterable of inputs}")
+    for name, mapping in (("heads", heads), ("expert_logits", expert_logits)):
+        if mapping is not None:
+            missing = [t for t in tasks if t not in mapping]
+            if missing:
+                raise ValueError(f"{name} has no entry for task {missing[0]!r}")
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
+    if evaluate_every and evaluate is None:
+        raise ValueError("evaluate_every needs evaluate")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}")
+
+
+def _check_finite_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise FloatingPointError(
+                f"step {step}: the gradient of the coefficients is NaN or Inf; coefficients were "
+                "left as they are"
+            )
+
+
+def _stalled(losses: list[float], patience: int, window: int = 10) -> bool:
+    """Whether the mean loss of `window` steps was lowest at least `patience` steps ago."""
+    sums = list(itertools.accumulate(losses, initial=0.0))
+    means = [
+        (sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(losses) + 1)
+    ]
+    return len(means) - 1 - means.index(min(means)) >= patience
+
+
+class _Stream:
+    """Next batch of a task, starting the iterable again when it ends."""
+
+    def __init__(self, task: str, iterable: Iterable[Any], skip: int):
+        self.task, self.iterable = task, iterable
+        self.iterator = iter(iterable)
+        for _ in range(skip):
+            self.next()
+
+    def next(self) -> Any:
+        for _ in range(2):
+            try:
+                return next(self.iterator)
+            except StopIteration:
+                self.iterator = iter(self.iterable)
+        raise ValueError(f"batches of task {self.task!r} are exhausted: the iterable is empty")
+
+
+class _Runner:
+    """One step's forward and backward passes over all tasks."""
+
+    def __init__(self, model, heads, expert_logits, objective):
+        self.model, self.heads = model, heads
+        self.expert_logits, self.objective = expert_logits, objective
+
+    def step(self, inputs: dict[str, Any], step: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Losses and detached logits per task; coefficient gradients are accumulated."""
+        joined = None if _has_training_batch_norm(self.model) else _join(list(inputs.values()))
+        if joined is not None and len(inputs) > 1:
+            merged, rows = joined
+            outputs = _split(call_model(self.model, merged), rows)
+            if outputs is not None:
+                return self._losses(dict(zip(inputs, outputs, strict=True)), inputs, step)
+        losses: dict[str, float] = {}
+        logits: dict[str, Tensor] = {}
+        for task, batch in inputs.items():
+            output = call_model(self.model, batch)
+            task_loss, task_logits = self._losses({task: output}, {task: batch}, step)
+            losses |= task_loss
+            logits |= task_logits
+        return losses, logits
+
+    def _losses(self, outputs, inputs, step):
+        losses, logits = {}, {}
+        for task, output in outputs.items():
+            logits[task] = self._logits(task, output)
+            batch = Batch(task, inputs[task], self._expert_logits(task, inputs[task]))
+            losses[task] = self.objective(logits[task], batch)
+            if not torch.isfinite(losses[task]).all():
+                raise FloatingPointError(
+                    f"step {step}: the loss of task {task!r} is {losses[task].item()}; "
+                    "coefficients were left as they are"
+                )
+        sum(losses.values()).backward()
+        values = {task: float(loss.detach()) for task, loss in losses.items()}
+        return values, {task: value.detach() for task, value in logits.items()}
+
+    def _logits(self, task: str, output: Any) -> Tensor:
+        logits = self.heads[task](output) if task in self.heads else output
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"logits of task {task!r} are {type(logits).__name__}, expected a tensor: pass "
+                "heads={task: callable on the model's output}"
+            )
+        return logits
+
+    def _expert_logits(self, task: str, inputs: Any) -> Tensor | None:
+        source = self.expert_logits.get(task)
+        if source is None:
+            return None
+        with torch.no_grad():
+            if isinstance(source, nn.Module):
+                return self._logits(task, call_model(source, inputs))
+            return source(inputs)
+
+
+def call_model(model: Callable, inputs: Any) -> Any:
+    """model(**inputs) for a dict, model(*inputs) for a tuple or list, else model(inputs)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _row_count(inputs: Any) -> int:
+    counts = {t.shape[0] if t.dim() else 0 for t in pytree.tree_leaves(inputs) if _is_tensor(t)}
+    if len(counts) != 1:
+        raise ValueError(f"inputs must hold tensors with one number of rows, got {sorted(counts)}")
+    return counts.pop()
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _join(inputs: list[Any]) -> tuple[Any, list[int]] | None:
+    """All tasks' inputs as one batch and the rows of each, or None if shapes differ."""
+    flat = [pytree.tree_flatten(i) for i in inputs]
+    leaves, spec = [f[0] for f in flat], flat[0][1]
+    if any(f[1] != spec for f in flat) or not all(map(_is_tensor, sum(leaves, []))):
+        return None
+    columns = list(zip(*leaves, strict=True))
+    kinds = [{(t.shape[1:], t.dtype, t.device) for t in column} for column in columns]
+    if any(t.dim() == 0 for t in sum(leaves, [])) or any(len(kind) > 1 for kind in kinds):
+        return None
+    rows = [task[0].shape[0] for task in leaves]
+    if any(t.shape[0] != n for task, n in zip(leaves, rows, strict=True) for t in task):
+        return None
+    return pytree.tree_unflatten([torch.cat(column) for column in columns], spec), rows
+
+
+def _split(output: Any, rows: list[int]) -> list[Any] | None:
+    """The output of a joined batch per task, or None where its rows cannot be told apart."""
+    leaves, spec = pytree.tree_flatten(output)
+    total = sum(rows)
+    if not all(_is_tensor(t) and t.dim() > 0 and t.shape[0] == total for t in leaves):
+        return None
+    parts = [leaf.split(rows) for leaf in leaves]
+    return [
+        pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(len(rows))
+    ]
+
+
+def _has_training_batch_norm(model: nn.Module) -> bool:
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, batch_norm) and m.training for m in model.modules())
+
+
+class _CollapseMonitor:
+    """Warns when a task's predicted classes collapse while entropy falls.
+
+    Entropy alone cannot tell confident from collapsed: if the entropy of the predicted-class
+    counts over a window halves against the first window, most rows now get one answer.
+    """
+
+    def __init__(self, tasks: list[str]):
+        self.predictions: dict[str, list[Tensor]] = {t: [] for t in tasks}
+        self.first: dict[str, tuple[float, float]] = {}
+        self.warned: set[str] = set()
+
+    def update(
+        self, step: int, logits: dict[str, Tensor], entropies: dict[str, list[float]]
+    ) -> None:
+        for task, values in logits.items():
+            if values.shape[-1] < 2 or task in self.warned:
+                continue
+            window = self.predictions[task]
+            flat = values.reshape(-1, values.shape[-1])
+            window.append(torch.bincount(flat.argmax(-1), minlength=flat.shape[-1]))
+            if len(window) < COLLAPSE_WINDOW:
+                continue
+            share = sum(window) / sum(w.sum() for w in window)
+            spread = float(torch.special.entr(share.double()).sum())
+            mean_entropy = sum(entropies[task][-COLLAPSE_WINDOW:]) / COLLAPSE_WINDOW
+            window.clear()
+            if task not in self.first:
+                self.first[task] = (spread, mean_entropy)
+                continue
+            first_spread, first_entropy = self.first[task]
+            if spread < 0.5 * first_spread and mean_entropy < first_entropy:
+                self.warned.add(task)
+                warnings.warn(
+                    f"task {task!r} is collapsing at step {step + 1}: {float(share.max()):.0%} of "
+                    f"its predictions fall on class {int(share.argmax())} while entropy fell from "
+                    f"{first_entropy:.3f} to {mean_entropy:.3f}. Falling entropy does not mean "
+                    "rising accuracy here; stop earlier, lower lr, or use objective='kl'",
+                    CollapseWarning,
+                    stacklevel=3,
+                )
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module, coefficients: Coefficients) -> Iterator[None]:
+    """No gradients for the model's own parameters while coefficients are learned."""
+    own = {id(p) for p in coefficients.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _progress_bar(steps: int, show: bool | None) -> Iterator[Callable[[int, float], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    if show is False or (show is None and not console.is_terminal):
+        yield lambda step, loss: None
+        return
+    columns = ("learning coefficients", BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), Remaining(), console=console) as bar:
+        task = bar.add_task("", total=steps, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.4f}")

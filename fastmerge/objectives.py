@@ -1,0 +1,87 @@
+"""Objectives: what coefficients are learned for, from logits and without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import softmax_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective may look at besides the merged model's logits.
+
+    Attributes:
+        task: name of the task.
+        inputs: the task's inputs of this step.
+        expert_logits: the task's expert's logits on these inputs, or None.
+    """
+
+    task: str
+    inputs: Any
+    expert_logits: Tensor | None = None
+
+
+Objective = Callable[[Tensor, Batch], Tensor]
+
+
+def entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean entropy of the predictions, mean_x H(softmax(logits(x))), natural logarithm.
+
+    Args:
+        logits: [..., C].
+        batch: not looked at.
+
+    Source: AdaMerging (arXiv 2310.02575).
+    """
+    return softmax_entropy(logits).mean()
+
+
+def kl_to_expert(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean divergence from the expert's predictions, mean_x KL(p_expert(x) || p_merged(x)).
+
+    Args:
+        logits: [..., C].
+        batch: its expert_logits [..., C] are the target.
+
+    Raises:
+        ValueError: there are no expert logits, or their shape differs.
+    """
+    target = batch.expert_logits
+    if target is None:
+        raise ValueError(
+            f"objective 'kl' needs expert_logits for task {batch.task!r}: pass "
+            "expert_logits={task: callable(inputs) or the expert's module}"
+        )
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"expert logits of task {batch.task!r} have shape {list(target.shape)}, "
+            f"expected {list(logits.shape)}"
+        )
+    classes = logits.shape[-1]
+    return F.kl_div(
+        logits.reshape(-1, classes).float().log_softmax(-1),
+        target.reshape(-1, classes).float().log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+OBJECTIVES: dict[str, Objective] = {"entropy": entropy, "kl": kl_to_expert}
+
+
+def resolve_objective(objective: str | Objective) -> Objective:
+    """The objective of that name, or the callable itself."""
+    if callable(objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective must be one of {', '.join(OBJECTIVES)} or a callable(logits, batch), "
+            f"got {objective!r}"
+        )
+    return OBJECTIVES[objective]

@@ -1,0 +1,134 @@
+"""What every op file shares: registration with the torch dispatcher, dtype rules, argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastmerge", "DEF")
+REGISTERED: list[str] = []  # names of all ops, for the registration test and `fastmerge info`
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def register(
+    schema: str, *, reference: Callable, fake: Callable, cpu: Callable | None = None
+) -> None:
+    """Define one op: the reference serves every device, `cpu` replaces it there.
+
+    Args:
+        schema: the op's schema, for example "weighted_sum(Tensor base, ...) -> Tensor".
+        reference: plain PyTorch implementation; fallback everywhere and oracle of the tests.
+        fake: shape, dtype and device rules; runs for meta and fake tensors.
+        cpu: implementation for CPU tensors, free to call the reference.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if cpu is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"fastmerge::{name}", fake, lib=LIBRARY)
+    REGISTERED.append(name)
+
+
+def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Register the gradient formula of an op."""
+    torch.library.register_autograd(
+        f"fastmerge::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def register_no_gradient(name: str) -> None:
+    """Make differentiating through an op an error instead of torch's silent wrong gradient."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"fastmerge::{name} is not differentiable")
+
+    register_gradient(name, backward, lambda ctx, inputs, output: None)
+
+
+def refuse_gradient(op: str, argument: str, needed: object) -> None:
+    """Raise if autograd asks for the gradient of an argument that has none.
+
+    `needed` is the entry of `ctx.needs_input_grad`: a bool, or a list of bools for a tensor list.
+    """
+    if needed is True or (isinstance(needed, (list, tuple)) and any(needed)):
+        raise RuntimeError(
+            f"{op}: {argument} requires grad, but only the coefficients (and activations) are "
+            f"differentiable; detach {argument} or set requires_grad=False"
+        )
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 as soon as one of the tensors is fp64."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def unpack_deltas(deltas: object) -> tuple[list[Tensor], bool]:
+    """K tensors and whether they are experts (to be subtracted from) or task vectors.
+
+    Args:
+        deltas: a sequence of K task-vector tensors, or a delta format (an object with the
+            attributes `tensors` and `experts`, see `fastmerge.deltas`).
+    """
+    if hasattr(deltas, "tensors"):
+        return list(deltas.tensors), bool(deltas.experts)
+    return list(deltas), False
+
+
+def check_float(op: str, argument: str, tensor: Tensor) -> None:
+    torch._check(
+        tensor.dtype in FLOAT_DTYPES,
+        lambda: f"{op}: {argument} must be a floating-point tensor, got {tensor.dtype}",
+    )
+
+
+def check_deltas(op: str, base: Tensor, deltas: Sequence[Tensor], base_name: str = "base") -> None:
+    """Deltas: at least one, one dtype, and the shape and device of `base`."""
+    check_float(op, base_name, base)
+    torch._check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    for k, delta in enumerate(deltas):
+        torch._check(
+            delta.shape == base.shape,
+            lambda k=k, delta=delta: (
+                f"{op}: deltas[{k}] has shape {list(delta.shape)}, "
+                f"expected {list(base.shape)} as {base_name}"
+            ),
+        )
+        torch._check(
+            delta.dtype == deltas[0].dtype,
+            lambda k=k, delta=delta: (
+                f"{op}: deltas[{k}] is {delta.dtype}, expected {deltas[0].dtype} as deltas[0]"
+            ),
+        )
+        torch._check(
+            delta.device == base.device,
+            lambda k=k, delta=delta: (
+                f"{op}: deltas[{k}] is on {delta.device}, expected {base.device} as {base_name}"
+            ),
+        )
+    check_float(op, "deltas[0]", deltas[0])
+
+
+def check_coefficients(op: str, coefficients: Tensor, count: int, device: torch.device) -> None:
+    """Coefficients: one floating-point value per delta."""
+    check_float(op, "coefficients", coefficients)
+    torch._check(
+        coefficients.dim() == 1 and coefficients.shape[0] == count,
+        lambda: (
+            f"{op}: coefficients has shape {list(coefficients.shape)}, "
+            f"expected [{count}], one per delta"
+        ),
+    )
+    torch._check(
+        coefficients.device == device,
+        lambda: f"{op}: coefficients is on {coefficients.device}, expected {device}",
+    )
+
+
+def as_task_vector(base: Tensor | None, delta: Tensor, experts: bool, dtype: torch.dtype) -> Tensor:
+    """tau = delta - base for an expert, tau = delta for a task vector, in `dtype`."""
+    return delta.to(dtype) - base.to(dtype) if experts else delta.to(dtype)

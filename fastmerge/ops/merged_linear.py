@@ -1,0 +1,335 @@
+"""`merged_linear`: y = x W^T + b with W = base + sum_k lambda_k tau_k, which is never built whole.
+
+The panel strategy: combine a block of rows of W into reused scratch, multiply with the vendor
+GEMM, go on. Per panel the backward pass computes dW_p by GEMM into scratch, reads the deltas once
+for the merged panel and the K inner products (`combine_and_dot`), and adds dY_p W_p to dX. So no
+merged weight, no weight gradient and no per-expert temporary ever exists whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from ..backends import runs_native
+from ._library import (
+    accumulate_dtype,
+    as_task_vector,
+    check_coefficients,
+    check_deltas,
+    check_float,
+    refuse_gradient,
+    register,
+    register_gradient,
+    register_no_gradient,
+    unpack_deltas,
+)
+
+# Large enough for an efficient GEMM, small enough to stay in a core's share of the last cache.
+PANEL_BYTES = 4 << 20
+
+_scratch = threading.local()
+
+
+def merged_linear(
+    x: Tensor,
+    base: Tensor,
+    deltas: object,
+    coefficients: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transpose: bool = False,
+) -> Tensor:
+    """Linear layer whose weight is a merged one, without building that weight.
+
+    y = x (base + sum_k lambda_k tau_k)^T + bias; gradients reach x, coefficients and bias.
+
+    Args:
+        x: [..., I] activations.
+        base: [O, I]; [I, O] with `transpose` (the layout of GPT-2's Conv1D, y = x W + b).
+        deltas: K tensors of base's shape (task vectors), or a delta format.
+        coefficients: [K], or row coefficients [..., K] with x's leading dimensions.
+        bias: [O].
+        transpose: whether base and deltas are stored as [I, O].
+
+    Returns:
+        [..., O] in x's dtype. The merged panel is rounded once to x's dtype before the GEMM.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not match, or base or a delta requires grad.
+
+    Source: AdaMerging (arXiv 2310.02575) computes the same from built weights.
+    """
+    tensors, experts = unpack_deltas(deltas)
+    return torch.ops.fastmerge.merged_linear(
+        x, base, tensors, coefficients, bias, experts, transpose
+    )
+
+
+def _check(x, base, deltas, coefficients, bias, transpose):
+    op = "merged_linear"
+    check_deltas(op, base, deltas)
+    check_float(op, "x", x)
+    torch._check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
+    inner, outer = (0, 1) if transpose else (1, 0)
+    torch._check(
+        x.dim() >= 1 and x.shape[-1] == base.shape[inner] and x.device == base.device,
+        lambda: (
+            f"{op}: x is {list(x.shape)} on {x.device}, "
+            f"expected [..., {base.shape[inner]}] on {base.device}"
+        ),
+    )
+    if coefficients.dim() == 1:
+        check_coefficients(op, coefficients, len(deltas), base.device)
+    else:
+        expected = [*x.shape[:-1], len(deltas)]
+        torch._check(
+            list(coefficients.shape) == expected and coefficients.device == base.device,
+            lambda: (
+                f"{op}: coefficients is {list(coefficients.shape)} on {coefficients.device}, "
+                f"expected [{len(deltas)}] or {expected} on {base.device}"
+            ),
+        )
+        check_float(op, "coefficients", coefficients)
+    if bias is not None:
+        torch._check(
+            list(bias.shape) == [base.shape[outer]] and bias.device == base.device,
+            lambda: (
+                f"{op}: bias is {list(bias.shape)} on {bias.device}, "
+                f"expected [{base.shape[outer]}] on {base.device}"
+            ),
+        )
+
+
+def _merged(base, deltas, coefficients, experts, dtype):
+    return torch.ops.fastmerge.weighted_sum(base, deltas, coefficients.detach(), experts, dtype)
+
+
+def _reference(x, base, deltas, coefficients, bias=None, experts=False, transpose=False):
+    _check(x, base, deltas, coefficients, bias, transpose)
+    if coefficients.dim() == 1:
+        weight = _merged(base, deltas, coefficients, experts, x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight.t() if transpose else weight, bias)
+    accumulate = accumulate_dtype(x, base, deltas[0], coefficients)
+    rows, lam = x.to(accumulate), coefficients.to(accumulate)
+    weight = base.to(accumulate)
+    y = rows @ (weight if transpose else weight.t())  # [..., O]
+    for k, delta in enumerate(deltas):
+        tau = as_task_vector(base, delta, experts, accumulate)
+        y += lam[..., k : k + 1] * (rows @ (tau if transpose else tau.t()))
+    if bias is not None:
+        y += bias.to(accumulate)
+    return y.to(x.dtype)
+
+
+def _panels(base: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    rows, width = base.shape
+    step = max(1, PANEL_BYTES // max(1, width * dtype.itemsize))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _panel_scratch(slot: str, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reused memory of this thread for one panel of `base`: [panel rows, width]."""
+    width = base.shape[1]
+    _, rows = next(_panels(base, dtype), (0, 0))
+    buffers = _scratch.__dict__
+    if (slot, dtype) not in buffers or buffers[slot, dtype].numel() < rows * width:
+        buffers[slot, dtype] = torch.empty(rows * width, dtype=dtype)
+    return buffers[slot, dtype][: rows * width].view(rows, width)
+
+
+def _cpu(x, base, deltas, coefficients, bias=None, experts=False, transpose=False):
+    first = deltas[0] if deltas else base
+    if coefficients.dim() != 1 or not runs_native("merged_linear", x, base, first, coefficients):
+        return _reference(x, base, deltas, coefficients, bias, experts, transpose)
+    _check(x, base, deltas, coefficients, bias, transpose)
+    base, deltas = base.contiguous(), [d.contiguous() for d in deltas]
+    lam = coefficients.float().reshape(1, -1).contiguous()
+    rows = x.reshape(-1, x.shape[-1])  # [R, I]
+    outer = base.shape[1 if transpose else 0]
+    bias = None if bias is None else bias.to(x.dtype)
+    y = None if transpose else x.new_empty(rows.shape[0], outer)
+    scratch = _panel_scratch("weight", base, x.dtype)
+    for start, stop in _panels(base, x.dtype):
+        panel = scratch[: stop - start]
+        _native.weighted_sum(
+            [base[start:stop]], [[d[start:stop] for d in deltas]], lam, [panel], experts
+        )
+        if transpose:
+            y = _add_product(y, rows[:, start:stop], panel)
+        elif bias is None:
+            torch.mm(rows, panel.t(), out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], rows, panel.t(), out=y[:, start:stop])
+    if transpose:
+        y = torch.zeros(rows.shape[0], outer) if y is None else y
+        y = y if bias is None else y.add_(bias)
+    return y.to(x.dtype).view(*x.shape[:-1], outer)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, so that partial products of several panels are rounded once."""
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
+
+
+def _fake(x, base, deltas, coefficients, bias=None, experts=False, transpose=False):
+    _check(x, base, deltas, coefficients, bias, transpose)
+    return x.new_empty((*x.shape[:-1], base.shape[1 if transpose else 0]))
+
+
+def _setup_context(ctx, inputs, output):
+    x, base, deltas, coefficients, bias, ctx.experts, ctx.transpose = inputs
+    refuse_gradient("merged_linear", "base", ctx.needs_input_grad[1])
+    refuse_gradient("merged_linear", "deltas", ctx.needs_input_grad[2])
+    ctx.save_for_backward(x, base, coefficients, *deltas)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    x, base, coefficients, *deltas = ctx.saved_tensors
+    need_x, need_lam, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    grad_x = grad_lam = grad_bias = None
+    if need_x or need_lam:
+        grad_x, grad_lam = torch.ops.fastmerge.merged_linear_backward(
+            grad, x, base, deltas, coefficients, ctx.experts, ctx.transpose, need_x, need_lam
+        )
+        grad_x = grad_x if need_x else None
+        grad_lam = grad_lam.to(coefficients.dtype) if need_lam else None
+    if need_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_lam, grad_bias, None, None
+
+
+register(
+    "merged_linear(Tensor x, Tensor base, Tensor[] deltas, Tensor coefficients, "
+    "Tensor? bias=None, bool experts=False, bool transpose=False) -> Tensor",
+    reference=_reference,
+    cpu=_cpu,
+    fake=_fake,
+)
+register_gradient("merged_linear", _backward, _setup_context)
+
+
+def _backward_check(grad, x, base, deltas, coefficients, transpose):
+    _check(x, base, deltas, coefficients, None, transpose)
+    expected = [*x.shape[:-1], base.shape[1 if transpose else 0]]
+    torch._check(
+        list(grad.shape) == expected,
+        lambda: f"merged_linear_backward: grad is {list(grad.shape)}, expected {expected}",
+    )
+
+
+def _backward_reference(
+    grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
+):
+    """dX = dY W and dlambda_k = <dY^T X, tau_k>; per row for row coefficients."""
+    _backward_check(grad, x, base, deltas, coefficients, transpose)
+    accumulate = accumulate_dtype(x, base, deltas[0], coefficients)
+    grad_x, grad_lam = x.new_empty(0), x.new_empty(0, dtype=accumulate)
+    if coefficients.dim() == 1:
+        dy = grad.reshape(-1, grad.shape[-1])  # [R, O]
+        rows = x.reshape(-1, x.shape[-1])  # [R, I]
+        if need_x:
+            weight = _merged(base, deltas, coefficients, experts, x.dtype)
+            grad_x = (dy @ (weight.t() if transpose else weight)).view_as(x)
+        if need_coefficients:
+            grad_weight = rows.t() @ dy if transpose else dy.t() @ rows
+            grad_lam = torch.ops.fastmerge.coefficient_grad(
+                grad_weight, deltas, base if experts else None
+            )
+        return grad_x, grad_lam.to(accumulate)
+    dy, rows, lam = (t.to(accumulate) for t in (grad, x, coefficients))
+    taus = [as_task_vector(base, d, experts, accumulate) for d in deltas]
+    taus = [t.t() if transpose else t for t in taus]  # [O, I]
+    if need_x:
+        weight = base.to(accumulate)
+        total = dy @ (weight.t() if transpose else weight)
+        for k, tau in enumerate(taus):
+            total += lam[..., k : k + 1] * (dy @ tau)
+        grad_x = total.to(x.dtype)
+    if need_coefficients:
+        grad_lam = torch.stack([(dy * (rows @ tau.t())).sum(-1) for tau in taus], dim=-1)
+    return grad_x, grad_lam
+
+
+def _backward_cpu(
+    grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
+):
+    first = deltas[0] if deltas else base
+    if coefficients.dim() != 1 or not runs_native("merged_linear", x, base, first, coefficients):
+        return _backward_reference(
+            grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
+        )
+    _backward_check(grad, x, base, deltas, coefficients, transpose)
+    base, deltas = base.contiguous(), [d.contiguous() for d in deltas]
+    lam = coefficients.float().contiguous()
+    dy = grad.reshape(-1, grad.shape[-1])  # [R, O]
+    rows = x.reshape(-1, x.shape[-1])  # [R, I]
+    dots = torch.zeros(len(deltas), dtype=torch.float64)
+    grad_x = torch.empty_like(rows) if need_x and transpose else None
+    weight_scratch = _panel_scratch("weight", base, x.dtype) if need_x else None
+    grad_scratch = _panel_scratch("grad", base, x.dtype) if need_coefficients else None
+    for start, stop in _panels(base, x.dtype):
+        base_panel, delta_panels = base[start:stop], [d[start:stop] for d in deltas]
+        dy_panel = dy if transpose else dy[:, start:stop]
+        weight_panel = weight_scratch[: stop - start] if need_x else None
+        if need_coefficients:
+            grad_panel = grad_scratch[: stop - start]
+            if transpose:
+                torch.mm(rows[:, start:stop].t(), dy, out=grad_panel)
+            else:
+                torch.mm(dy_panel.t(), rows, out=grad_panel)
+        if need_x and need_coefficients:
+            dots += _native.combine_and_dot(
+                base_panel, delta_panels, lam, grad_panel, weight_panel, experts
+            )
+        elif need_x:
+            _native.weighted_sum(
+                [base_panel], [delta_panels], lam.view(1, -1), [weight_panel], experts
+            )
+        else:
+            dots += _native.coefficient_grad(
+                [grad_panel], [base_panel] if experts else None, [delta_panels]
+            )[0]
+        if need_x and transpose:
+            torch.mm(dy, weight_panel.t(), out=grad_x[:, start:stop])
+        elif need_x:
+            grad_x = _add_product(grad_x, dy_panel, weight_panel)
+    if not need_x:
+        grad_x = x.new_empty(0)
+    elif grad_x is None:
+        grad_x = torch.zeros_like(x)
+    else:
+        grad_x = grad_x.to(x.dtype).view(x.shape)
+    return grad_x, dots.float() if need_coefficients else x.new_empty(0, dtype=torch.float32)
+
+
+def _backward_fake(
+    grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
+):
+    _backward_check(grad, x, base, deltas, coefficients, transpose)
+    accumulate = accumulate_dtype(x, base, deltas[0], coefficients)
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(coefficients.shape if need_coefficients else 0, dtype=accumulate),
+    )
+
+
+register(
+    "merged_linear_backward(Tensor grad, Tensor x, Tensor base, Tensor[] deltas, "
+    "Tensor coefficients, bool experts, bool transpose, bool need_x, bool need_coefficients) "
+    "-> (Tensor, Tensor)",
+    reference=_backward_reference,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+register_no_gradient("merged_linear_backward")

@@ -1,0 +1,128 @@
+"""`softmax_entropy`: entropy of each row's softmax; its gradient stores no probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..backends import runs_native
+from ._library import (
+    accumulate_dtype,
+    check_float,
+    register,
+    register_gradient,
+    register_no_gradient,
+)
+
+
+def softmax_entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy (natural logarithm) of the softmax of each row.
+
+    H = -sum_c p_c log p_c with p = softmax(logits); dH/dlogits_c = -p_c (log p_c + H).
+
+    Args:
+        logits: [..., C], fp32/fp16/bf16/fp64, C >= 1. A logit of -inf is probability 0.
+
+    Returns:
+        [...] in fp32 (fp64 for fp64 logits). Rows with NaN give NaN.
+
+    Raises:
+        RuntimeError: logits is not floating point or has no classes.
+
+    Source: AdaMerging (arXiv 2310.02575), the entropy surrogate; Tent (arXiv 2006.10726).
+    """
+    return torch.ops.fastmerge.softmax_entropy(logits)
+
+
+def _check(logits):
+    check_float("softmax_entropy", "logits", logits)
+    torch._check(
+        logits.dim() >= 1 and logits.shape[-1] >= 1,
+        lambda: f"softmax_entropy: logits has shape {list(logits.shape)}, expected [..., C >= 1]",
+    )
+
+
+def _probabilities(logits):
+    log_p = torch.log_softmax(logits.to(accumulate_dtype(logits)), dim=-1)
+    return log_p.exp(), log_p
+
+
+def _reference(logits):
+    _check(logits)
+    p, log_p = _probabilities(logits)
+    return -torch.where(p == 0, 0, p * log_p).sum(-1)
+
+
+def _cpu(logits):
+    if not runs_native("softmax_entropy", logits):
+        return _reference(logits)
+    _check(logits)
+    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    entropy, _ = _native.softmax_entropy(rows)
+    return entropy.view(logits.shape[:-1])
+
+
+def _fake(logits):
+    _check(logits)
+    return logits.new_empty(logits.shape[:-1], dtype=accumulate_dtype(logits))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx, grad):
+    return torch.ops.fastmerge.softmax_entropy_backward(grad, ctx.saved_tensors[0])
+
+
+register(
+    "softmax_entropy(Tensor logits) -> Tensor", reference=_reference, cpu=_cpu, fake=_fake
+)
+register_gradient("softmax_entropy", _backward, _setup_context)
+
+
+def _backward_check(grad, logits):
+    _check(logits)
+    torch._check(
+        grad.shape == logits.shape[:-1],
+        lambda: (
+            f"softmax_entropy_backward: grad is {list(grad.shape)}, "
+            f"expected {list(logits.shape[:-1])}"
+        ),
+    )
+
+
+def _backward_reference(grad, logits):
+    _backward_check(grad, logits)
+    p, log_p = _probabilities(logits)
+    p_log_p = torch.where(p == 0, 0, p * log_p)
+    entropy = -p_log_p.sum(-1, keepdim=True)
+    slope = -(p_log_p + p * entropy)  # [..., C]
+    return (slope * grad.unsqueeze(-1).to(slope.dtype)).to(logits.dtype)
+
+
+def _backward_cpu(grad, logits):
+    if not runs_native("softmax_entropy", logits):
+        return _backward_reference(grad, logits)
+    _backward_check(grad, logits)
+    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    entropy, log_normalizer = _native.softmax_entropy(rows)
+    grad_logits = _native.softmax_entropy_backward(
+        rows, entropy, log_normalizer, grad.float().reshape(-1).contiguous()
+    )
+    return grad_logits.view(logits.shape)
+
+
+def _backward_fake(grad, logits):
+    _backward_check(grad, logits)
+    return logits.new_empty(logits.shape)
+
+
+register(
+    "softmax_entropy_backward(Tensor grad, Tensor logits) -> Tensor",
+    reference=_backward_reference,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+register_no_gradient("softmax_entropy_backward")

@@ -1,0 +1,219 @@
+"""`weighted_sum`: W = base + sum_k coefficients_k * tau_k, for one tensor or a list in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..backends import runs_native
+from ._library import (
+    accumulate_dtype,
+    as_task_vector,
+    check_coefficients,
+    check_deltas,
+    check_float,
+    refuse_gradient,
+    register,
+    register_gradient,
+    register_no_gradient,
+    unpack_deltas,
+)
+
+
+def weighted_sum(
+    base: Tensor | Sequence[Tensor],
+    deltas: object,
+    coefficients: Tensor,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | list[Tensor]:
+    """Add K scaled task vectors to a base tensor, or to each of a list of tensors in one call.
+
+    out = base + sum_k coefficients_k * tau_k, summed in the order of k in fp32 and rounded once.
+
+    Args:
+        base: [*], fp32/fp16/bf16/fp64, or a list of L such tensors.
+        deltas: K tensors [*] of one dtype (task vectors) or a delta format; for a list of L
+            base tensors, a list of L of these.
+        coefficients: [K], or [L, K] for a list. Differentiable for a single tensor without `out`.
+        out: tensor or list to write to; may be `base` itself (in place).
+        dtype: dtype of the result, by default base's.
+
+    Returns:
+        The merged tensor, or the list of them; `out` if it was given.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not match; names the argument.
+        ValueError: `out` and `dtype` disagree, or list lengths do.
+
+    Source: Task Arithmetic (arXiv 2212.04089), eq. 2 with one coefficient per task.
+    """
+    if isinstance(base, Tensor) and out is None:
+        tensors, experts = unpack_deltas(deltas)
+        return torch.ops.fastmerge.weighted_sum(base, tensors, coefficients, experts, dtype)
+    single = isinstance(base, Tensor)
+    bases = [base] if single else list(base)
+    formats = [deltas] if single else list(deltas)
+    if len(formats) != len(bases):
+        raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(formats)} deltas")
+    unpacked = [unpack_deltas(d) for d in formats]
+    if out is None:
+        outs = [torch.empty_like(b, dtype=dtype, requires_grad=False) for b in bases]
+    else:
+        outs = [out] if single else list(out)
+        if dtype is not None and any(o.dtype != dtype for o in outs):
+            raise ValueError(f"weighted_sum: out must have dtype {dtype}")
+    if len(outs) != len(bases):
+        raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(outs)} out tensors")
+    rows = coefficients.expand(len(bases), -1) if coefficients.dim() == 1 else coefficients
+    for experts in (False, True):
+        chosen = [i for i, (_, is_experts) in enumerate(unpacked) if is_experts == experts]
+        if chosen:
+            every = len(chosen) == len(bases)
+            torch.ops.fastmerge.weighted_sum_out(
+                [outs[i] for i in chosen],
+                [bases[i] for i in chosen],
+                [t for i in chosen for t in unpacked[i][0]],
+                rows.detach() if every else rows.detach()[chosen],
+                experts,
+            )
+    return outs[0] if single else outs
+
+
+def _check(base, deltas, coefficients, experts=False, dtype=None):
+    check_deltas("weighted_sum", base, deltas)
+    check_coefficients("weighted_sum", coefficients, len(deltas), base.device)
+
+
+def _reference(base, deltas, coefficients, experts=False, dtype=None):
+    _check(base, deltas, coefficients)
+    accumulate = accumulate_dtype(base, deltas[0], coefficients)
+    total = base.to(accumulate, copy=True, memory_format=torch.contiguous_format)
+    for coefficient, delta in zip(coefficients.to(accumulate).unbind(), deltas, strict=True):
+        total += coefficient * as_task_vector(base, delta, experts, accumulate)
+    return total.to(dtype or base.dtype)
+
+
+def _cpu(base, deltas, coefficients, experts=False, dtype=None):
+    if not runs_native("weighted_sum", base, deltas[0] if deltas else base, coefficients):
+        return _reference(base, deltas, coefficients, experts, dtype)
+    _check(base, deltas, coefficients)
+    out = torch.empty(base.shape, dtype=dtype or base.dtype)
+    _native.weighted_sum(
+        [base.contiguous()],
+        [[d.contiguous() for d in deltas]],
+        coefficients.float().reshape(1, -1).contiguous(),
+        [out],
+        experts,
+    )
+    return out
+
+
+def _fake(base, deltas, coefficients, experts=False, dtype=None):
+    _check(base, deltas, coefficients)
+    return base.new_empty(base.shape, dtype=dtype or base.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    base, deltas, coefficients, experts, _ = inputs
+    refuse_gradient("weighted_sum", "base", ctx.needs_input_grad[0])
+    refuse_gradient("weighted_sum", "deltas", ctx.needs_input_grad[1])
+    ctx.save_for_backward(*deltas, *([base] if experts else []))
+    ctx.count, ctx.coefficient_dtype = len(deltas), coefficients.dtype
+
+
+def _backward(ctx, grad):
+    deltas, base = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    dots = torch.ops.fastmerge.coefficient_grad(grad, deltas, *base)
+    return None, None, dots.to(ctx.coefficient_dtype), None, None
+
+
+register(
+    "weighted_sum(Tensor base, Tensor[] deltas, Tensor coefficients, bool experts=False, "
+    "ScalarType? dtype=None) -> Tensor",
+    reference=_reference,
+    cpu=_cpu,
+    fake=_fake,
+)
+register_gradient("weighted_sum", _backward, _setup_context)
+
+
+def _rows_of_deltas(outs, bases, deltas, coefficients):
+    """The flat list of L*K deltas as L lists of K, everything checked."""
+    op = "weighted_sum_out"
+    torch._check(len(bases) > 0, lambda: f"{op}: bases is empty")
+    torch._check(
+        len(outs) == len(bases), lambda: f"{op}: {len(outs)} outs for {len(bases)} base tensors"
+    )
+    torch._check(
+        len(deltas) > 0 and len(deltas) % len(bases) == 0,
+        lambda: f"{op}: {len(deltas)} deltas cannot be shared by {len(bases)} base tensors",
+    )
+    count = len(deltas) // len(bases)
+    torch._check(
+        list(coefficients.shape) == [len(bases), count],
+        lambda: (
+            f"{op}: coefficients has shape {list(coefficients.shape)}, "
+            f"expected [{len(bases)}, {count}]"
+        ),
+    )
+    check_float(op, "coefficients", coefficients)
+    rows = [deltas[i * count : (i + 1) * count] for i in range(len(bases))]
+    for i, (base, row, out) in enumerate(zip(bases, rows, outs, strict=True)):
+        check_deltas(op, base, row, base_name=f"bases[{i}]")
+        check_float(op, f"outs[{i}]", out)
+        torch._check(
+            out.shape == base.shape and out.device == base.device,
+            lambda i=i, out=out, base=base: (
+                f"{op}: outs[{i}] is {list(out.shape)} on {out.device}, "
+                f"expected {list(base.shape)} on {base.device}"
+            ),
+        )
+    return rows
+
+
+def _out_reference(outs, bases, deltas, coefficients, experts=False):
+    rows = _rows_of_deltas(outs, bases, deltas, coefficients)
+    for out, base, row, lam in zip(outs, bases, rows, coefficients.unbind(), strict=True):
+        out.copy_(_reference(base, row, lam, experts, out.dtype))
+
+
+def _out_cpu(outs, bases, deltas, coefficients, experts=False):
+    rows = _rows_of_deltas(outs, bases, deltas, coefficients)
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, (out, base, row) in enumerate(zip(outs, bases, rows, strict=True)):
+        if runs_native("weighted_sum_out", out, base, row[0], coefficients):
+            groups.setdefault((out.dtype, base.dtype, row[0].dtype), []).append(i)
+        else:
+            out.copy_(_reference(base, row, coefficients[i], experts, out.dtype))
+    lam = coefficients.float().contiguous()
+    for members in groups.values():
+        targets = [outs[i] if outs[i].is_contiguous() else outs[i].contiguous() for i in members]
+        _native.weighted_sum(
+            [bases[i].contiguous() for i in members],
+            [[d.contiguous() for d in rows[i]] for i in members],
+            lam if len(members) == len(outs) else lam[members],
+            targets,
+            experts,
+        )
+        for i, target in zip(members, targets, strict=True):
+            if target is not outs[i]:
+                outs[i].copy_(target)
+
+
+def _out_fake(outs, bases, deltas, coefficients, experts=False):
+    _rows_of_deltas(outs, bases, deltas, coefficients)
+
+
+register(
+    "weighted_sum_out(Tensor(a!)[] outs, Tensor[] bases, Tensor[] deltas, Tensor coefficients, "
+    "bool experts=False) -> ()",
+    reference=_out_reference,
+    cpu=_out_cpu,
+    fake=_out_fake,
+)
+register_no_gradient("weighted_sum_out")
