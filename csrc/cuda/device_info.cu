@@ -1,0 +1,27 @@
+// Tells whether this binary runs on a device.
+//
+// One thread writes one int32 that the caller allocated. No other effect.
+#include "fastmerge/cuda.h"
+
+namespace fastmerge::cuda {
+namespace {
+
+__global__ void probe_kernel(ProbeParams params) {
+#ifdef __CUDA_ARCH__
+  *params.arch = __CUDA_ARCH__;
+#endif
+}
+
+}  // namespace
+
+cudaError_t probe(const ProbeParams& params, cudaStream_t stream) {
+  probe_kernel<<<1, 1, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t has_device_code() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, probe_kernel);
+}
+
+}  // namespace fastmerge::cuda

@@ -1,0 +1,189 @@
+"""The compiled CPU kernels as functions of tensors, or the reason why they are missing.
+
+Callers pass contiguous CPU tensors whose shapes and dtypes they have checked. Tensors of one
+argument that differ in dtype are widened to fp32 first, which is exact.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch  # before the extension, so that both use the same OpenMP runtime
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def build_info() -> dict[str, dict[str, object]]:
+    """What the installation built: part -> {"built": bool, "reason": str, ...}; may be empty."""
+    path = Path(__file__).with_name("_build_info.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"{__package__}.{name}"), ""
+    except ImportError as error:
+        part = build_info().get(f"fastmerge.{name}", {})
+        if part.get("reason"):
+            return None, f"not built: {part['reason']}"
+        return None, str(error) if part else "not built"
+
+
+cpu, _cpu_reason = _load("_cpu")
+cuda, _cuda_reason = _load("_cuda")
+
+
+def available() -> bool:
+    """Whether the CPU kernels can run."""
+    return cpu is not None
+
+
+def unavailable_reason() -> str:
+    """Why the CPU kernels cannot run; empty when they can."""
+    return _cpu_reason
+
+
+def cuda_unavailable_reason() -> str:
+    """Why the CUDA kernels cannot run; empty when they can."""
+    if cuda is None:
+        return _cuda_reason
+    return cuda.device_info()["reason"]
+
+
+def weighted_sum(
+    bases: Sequence[torch.Tensor],
+    deltas: Sequence[Sequence[torch.Tensor]],
+    coefficients: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    experts: bool = False,
+) -> None:
+    """Write bases[l] + sum_k coefficients[l, k] * tau_lk into outs[l], in fp32, rounded once.
+
+    Args:
+        bases: L tensors of one dtype.
+        deltas: L lists of K tensors; tau = delta - base with `experts`, else tau = delta.
+        coefficients: fp32 [L, K].
+        outs: L tensors of one dtype; outs[l] may be bases[l].
+        experts: whether deltas are fine-tuned weights.
+    """
+    count = len(deltas[0]) if deltas else 0
+    bases = _one_dtype(bases)
+    flat = _one_dtype([delta for row in deltas for delta in row])
+    cpu.weighted_sum(
+        _addresses(bases),
+        _addresses(flat),
+        coefficients.data_ptr(),
+        _addresses(outs),
+        [out.numel() for out in outs],
+        count,
+        _code(bases),
+        _code(flat),
+        _code(outs),
+        experts,
+        torch.get_num_threads(),
+    )
+
+
+def coefficient_grad(
+    grads: Sequence[torch.Tensor],
+    bases: Sequence[torch.Tensor] | None,
+    deltas: Sequence[Sequence[torch.Tensor]],
+    experts: bool | None = None,
+) -> torch.Tensor:
+    """Inner products <grads[l], tau_lk> as fp64 [L, K].
+
+    Args:
+        grads: L tensors of one dtype.
+        bases: L tensors of one dtype, or None.
+        deltas: L lists of K tensors.
+        experts: whether deltas are fine-tuned weights; by default, whether bases are given.
+    """
+    count = len(deltas[0]) if deltas else 0
+    experts = bases is not None if experts is None else experts
+    grads = _one_dtype(grads)
+    bases = _one_dtype(bases or [])
+    flat = _one_dtype([delta for row in deltas for delta in row])
+    sizes = [grad.numel() for grad in grads]
+    dots = torch.empty(len(sizes), count, dtype=torch.float64)
+    scratch = _scratch(sum(cpu.scratch_doubles(size, count) for size in sizes))
+    cpu.coefficient_grad(
+        _addresses(grads),
+        _addresses(bases) if experts else [0] * len(sizes),
+        _addresses(flat),
+        dots.data_ptr(),
+        sizes,
+        count,
+        _code(grads),
+        _code(bases),
+        _code(flat),
+        experts,
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dots
+
+
+def combine_and_dot(
+    base: torch.Tensor,
+    deltas: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    experts: bool = False,
+) -> torch.Tensor:
+    """Write the weighted sum of one tensor into `out` and return <grad, tau_k> as fp64 [K].
+
+    One read of base, deltas and grad; the bytes are those of weighted_sum and coefficient_grad.
+
+    Args:
+        base, grad, out: tensors of one size; out may be base but not grad.
+        deltas: K tensors of that size.
+        coefficients: fp32 [K].
+        experts: whether deltas are fine-tuned weights.
+    """
+    deltas = _one_dtype(deltas)
+    dots = torch.empty(len(deltas), dtype=torch.float64)
+    scratch = _scratch(cpu.scratch_doubles(base.numel(), len(deltas)))
+    cpu.combine_and_dot(
+        base.data_ptr(),
+        _addresses(deltas),
+        coefficients.data_ptr(),
+        grad.data_ptr(),
+        out.data_ptr(),
+        dots.data_ptr(),
+        base.numel(),
+        len(deltas),
+        _code([base]),
+        _code(deltas),
+        _code([grad]),
+        _code([out]),
+        experts,
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dots
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _code(tensors: Sequence[torch.Tensor]) -> int:
+    return DTYPE_CODES[tensors[0].dtype] if tensors else 0
+
+
+def _one_dtype(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if len({tensor.dtype for tensor in tensors}) <= 1:
+        return tensors
+    return [tensor.float() for tensor in tensors]
+
+
+def _scratch(doubles: int) -> torch.Tensor:
+    return torch.empty(doubles, dtype=torch.float64)
