@@ -1,3 +1,64 @@
 """Merge fine-tuned models: a merged weight is a thing you compute with, not a thing you build."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import ops
+    from .attachment import attach, coverage, detach, materialize, remerge_
+    from .backends import use_backend
+    from .coefficients import Coefficients, load_coefficients
+    from .deltas import Dense, Experts
+    from .learning import CollapseWarning, History, ShuffledBatches, learn
+    from .merged_weight import MergedWeight
+    from .merging import merge
+
+_HOMES = {
+    "attachment": ("attach", "coverage", "detach", "materialize", "remerge_"),
+    "backends": ("use_backend",),
+    "coefficients": ("Coefficients", "load_coefficients"),
+    "deltas": ("Dense", "Experts"),
+    "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
+    "merged_weight": ("MergedWeight",),
+    "merging": ("merge",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CollapseWarning",
+    "Coefficients",
+    "Dense",
+    "Experts",
+    "History",
+    "MergedWeight",
+    "ShuffledBatches",
+    "attach",
+    "coverage",
+    "detach",
+    "learn",
+    "load_coefficients",
+    "materialize",
+    "merge",
+    "ops",
+    "remerge_",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    """Public names are imported on first use, so that the command line starts without torch."""
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fastmerge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastmerge", "DEF")
-REGISTERED: list[str] = []  # names of all ops, for the registration test and `fastmerge info`
+REGISTERED: dict[str, bool] = {}  # every op, and whether it has a CPU implementation of its own
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -19,7 +19,9 @@ def register(
     """Define one op: the reference serves every device, `cpu` replaces it there.
 
     Args:
-        schema: the op's schema, for example "weighted_sum(Tensor base, ...) -> Tensor".
+        schema: the op's schema, for example "weighted_sum(Tensor base, ...) -> Tensor". Without
+            default values: the dispatcher drops arguments that equal their default, and autograd
+            formulas of ops with tensor lists then find too few inputs.
         reference: plain PyTorch implementation; fallback everywhere and oracle of the tests.
         fake: shape, dtype and device rules; runs for meta and fake tensors.
         cpu: implementation for CPU tensors, free to call the reference.
@@ -30,7 +32,7 @@ def register(
     if cpu is not None:
         LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"fastmerge::{name}", fake, lib=LIBRARY)
-    REGISTERED.append(name)
+    REGISTERED[name] = cpu is not None
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -42,7 +42,7 @@ def coefficient_grad(grad_weight: Tensor, deltas: object, base: Tensor | None = 
     return torch.ops.fastmerge.coefficient_grad(grad_weight, tensors, base if experts else None)
 
 
-def _check(grad, deltas, base=None):
+def _check(grad, deltas, base):
     check_deltas("coefficient_grad", grad, deltas, base_name="grad_weight")
     if base is not None:
         torch._check(
@@ -54,7 +54,7 @@ def _check(grad, deltas, base=None):
         )
 
 
-def _reference(grad, deltas, base=None):
+def _reference(grad, deltas, base):
     _check(grad, deltas, base)
     accumulate = accumulate_dtype(grad, deltas[0], base)
     g = grad.to(accumulate)
@@ -63,7 +63,7 @@ def _reference(grad, deltas, base=None):
     )
 
 
-def _cpu(grad, deltas, base=None):
+def _cpu(grad, deltas, base):
     if not runs_native("coefficient_grad", grad, deltas[0] if deltas else grad, base):
         return _reference(grad, deltas, base)
     _check(grad, deltas, base)
@@ -75,13 +75,13 @@ def _cpu(grad, deltas, base=None):
     return dots[0].float()
 
 
-def _fake(grad, deltas, base=None):
+def _fake(grad, deltas, base):
     _check(grad, deltas, base)
     return grad.new_empty(len(deltas), dtype=accumulate_dtype(grad, deltas[0], base))
 
 
 register(
-    "coefficient_grad(Tensor grad_weight, Tensor[] deltas, Tensor? base=None) -> Tensor",
+    "coefficient_grad(Tensor grad_weight, Tensor[] deltas, Tensor? base) -> Tensor",
     reference=_reference,
     cpu=_cpu,
     fake=_fake,

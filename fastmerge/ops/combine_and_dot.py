@@ -63,7 +63,7 @@ def _check(base, deltas, coefficients, grad):
     )
 
 
-def _reference(base, deltas, coefficients, grad, experts=False, dtype=None):
+def _reference(base, deltas, coefficients, grad, experts, dtype):
     _check(base, deltas, coefficients, grad)
     accumulate = accumulate_dtype(base, deltas[0], coefficients, grad)
     ops = torch.ops.fastmerge
@@ -72,7 +72,7 @@ def _reference(base, deltas, coefficients, grad, experts=False, dtype=None):
     return merged, dots.to(accumulate)
 
 
-def _cpu(base, deltas, coefficients, grad, experts=False, dtype=None):
+def _cpu(base, deltas, coefficients, grad, experts, dtype):
     first = deltas[0] if deltas else base
     if not runs_native("combine_and_dot", base, first, coefficients, grad):
         return _reference(base, deltas, coefficients, grad, experts, dtype)
@@ -89,7 +89,7 @@ def _cpu(base, deltas, coefficients, grad, experts=False, dtype=None):
     return merged, dots.float()
 
 
-def _fake(base, deltas, coefficients, grad, experts=False, dtype=None):
+def _fake(base, deltas, coefficients, grad, experts, dtype):
     _check(base, deltas, coefficients, grad)
     accumulate = accumulate_dtype(base, deltas[0], coefficients, grad)
     return (
@@ -100,7 +100,7 @@ def _fake(base, deltas, coefficients, grad, experts=False, dtype=None):
 
 register(
     "combine_and_dot(Tensor base, Tensor[] deltas, Tensor coefficients, Tensor grad_weight, "
-    "bool experts=False, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "bool experts, ScalarType? dtype) -> (Tensor, Tensor)",
     reference=_reference,
     cpu=_cpu,
     fake=_fake,

@@ -110,7 +110,7 @@ def _merged(base, deltas, coefficients, experts, dtype):
     return torch.ops.fastmerge.weighted_sum(base, deltas, coefficients.detach(), experts, dtype)
 
 
-def _reference(x, base, deltas, coefficients, bias=None, experts=False, transpose=False):
+def _reference(x, base, deltas, coefficients, bias, experts, transpose):
     _check(x, base, deltas, coefficients, bias, transpose)
     if coefficients.dim() == 1:
         weight = _merged(base, deltas, coefficients, experts, x.dtype)
@@ -145,7 +145,7 @@ def _panel_scratch(slot: str, base: Tensor, dtype: torch.dtype) -> Tensor:
     return buffers[slot, dtype][: rows * width].view(rows, width)
 
 
-def _cpu(x, base, deltas, coefficients, bias=None, experts=False, transpose=False):
+def _cpu(x, base, deltas, coefficients, bias, experts, transpose):
     first = deltas[0] if deltas else base
     if coefficients.dim() != 1 or not runs_native("merged_linear", x, base, first, coefficients):
         return _reference(x, base, deltas, coefficients, bias, experts, transpose)
@@ -181,7 +181,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
 
 
-def _fake(x, base, deltas, coefficients, bias=None, experts=False, transpose=False):
+def _fake(x, base, deltas, coefficients, bias, experts, transpose):
     _check(x, base, deltas, coefficients, bias, transpose)
     return x.new_empty((*x.shape[:-1], base.shape[1 if transpose else 0]))
 
@@ -206,12 +206,12 @@ def _backward(ctx, grad):
         grad_lam = grad_lam.to(coefficients.dtype) if need_lam else None
     if need_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_lam, grad_bias, None, None
+    return grad_x, None, [None] * len(deltas), grad_lam, grad_bias, None, None
 
 
 register(
     "merged_linear(Tensor x, Tensor base, Tensor[] deltas, Tensor coefficients, "
-    "Tensor? bias=None, bool experts=False, bool transpose=False) -> Tensor",
+    "Tensor? bias, bool experts, bool transpose) -> Tensor",
     reference=_reference,
     cpu=_cpu,
     fake=_fake,

@@ -18,7 +18,6 @@ from ._library import (
     refuse_gradient,
     register,
     register_gradient,
-    register_no_gradient,
     unpack_deltas,
 )
 
@@ -84,12 +83,12 @@ def weighted_sum(
     return outs[0] if single else outs
 
 
-def _check(base, deltas, coefficients, experts=False, dtype=None):
+def _check(base, deltas, coefficients):
     check_deltas("weighted_sum", base, deltas)
     check_coefficients("weighted_sum", coefficients, len(deltas), base.device)
 
 
-def _reference(base, deltas, coefficients, experts=False, dtype=None):
+def _reference(base, deltas, coefficients, experts, dtype):
     _check(base, deltas, coefficients)
     accumulate = accumulate_dtype(base, deltas[0], coefficients)
     total = base.to(accumulate, copy=True, memory_format=torch.contiguous_format)
@@ -98,7 +97,7 @@ def _reference(base, deltas, coefficients, experts=False, dtype=None):
     return total.to(dtype or base.dtype)
 
 
-def _cpu(base, deltas, coefficients, experts=False, dtype=None):
+def _cpu(base, deltas, coefficients, experts, dtype):
     if not runs_native("weighted_sum", base, deltas[0] if deltas else base, coefficients):
         return _reference(base, deltas, coefficients, experts, dtype)
     _check(base, deltas, coefficients)
@@ -113,7 +112,7 @@ def _cpu(base, deltas, coefficients, experts=False, dtype=None):
     return out
 
 
-def _fake(base, deltas, coefficients, experts=False, dtype=None):
+def _fake(base, deltas, coefficients, experts, dtype):
     _check(base, deltas, coefficients)
     return base.new_empty(base.shape, dtype=dtype or base.dtype)
 
@@ -128,13 +127,13 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     deltas, base = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    dots = torch.ops.fastmerge.coefficient_grad(grad, deltas, *base)
-    return None, None, dots.to(ctx.coefficient_dtype), None, None
+    dots = torch.ops.fastmerge.coefficient_grad(grad, deltas, base[0] if base else None)
+    return None, [None] * ctx.count, dots.to(ctx.coefficient_dtype), None, None
 
 
 register(
-    "weighted_sum(Tensor base, Tensor[] deltas, Tensor coefficients, bool experts=False, "
-    "ScalarType? dtype=None) -> Tensor",
+    "weighted_sum(Tensor base, Tensor[] deltas, Tensor coefficients, bool experts, "
+    "ScalarType? dtype) -> Tensor",
     reference=_reference,
     cpu=_cpu,
     fake=_fake,
@@ -176,13 +175,13 @@ def _rows_of_deltas(outs, bases, deltas, coefficients):
     return rows
 
 
-def _out_reference(outs, bases, deltas, coefficients, experts=False):
+def _out_reference(outs, bases, deltas, coefficients, experts):
     rows = _rows_of_deltas(outs, bases, deltas, coefficients)
     for out, base, row, lam in zip(outs, bases, rows, coefficients.unbind(), strict=True):
         out.copy_(_reference(base, row, lam, experts, out.dtype))
 
 
-def _out_cpu(outs, bases, deltas, coefficients, experts=False):
+def _out_cpu(outs, bases, deltas, coefficients, experts):
     rows = _rows_of_deltas(outs, bases, deltas, coefficients)
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for i, (out, base, row) in enumerate(zip(outs, bases, rows, strict=True)):
@@ -205,15 +204,14 @@ def _out_cpu(outs, bases, deltas, coefficients, experts=False):
                 outs[i].copy_(target)
 
 
-def _out_fake(outs, bases, deltas, coefficients, experts=False):
+def _out_fake(outs, bases, deltas, coefficients, experts):
     _rows_of_deltas(outs, bases, deltas, coefficients)
 
 
 register(
     "weighted_sum_out(Tensor(a!)[] outs, Tensor[] bases, Tensor[] deltas, Tensor coefficients, "
-    "bool experts=False) -> ()",
+    "bool experts) -> ()",
     reference=_out_reference,
     cpu=_out_cpu,
     fake=_out_fake,
 )
-register_no_gradient("weighted_sum_out")

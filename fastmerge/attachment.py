@@ -1,0 +1,266 @@
+"""`attach`, `detach`, `materialize`, `remerge_`: a model's parameters become merged weights, and back.
+
+`attach` replaces parameters in place and remembers what it replaced on the model itself, so that
+the other three need no more than the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .checking import check_models, running_statistics, select_names
+from .coefficients import Coefficients, Granularity
+from .deltas import Deltas, Dense, Experts
+from .merged_weight import MergedWeight
+
+_RECORD = "_fastmerge_attachment"
+
+
+@dataclass
+class Attachment:
+    """What `attach` put into a model and what it replaced there.
+
+    Attributes:
+        coefficients: the coefficients the merged weights use.
+        weights: {tensor name: merged weight}, in the order of the coefficients' rows.
+        places: for each tensor, every (module, parameter name) that holds it.
+        originals: {tensor name: the base model's parameter object}.
+        statistics: {buffer name: the base model's values} of averaged running statistics.
+    """
+
+    coefficients: Coefficients
+    weights: dict[str, MergedWeight]
+    places: dict[str, list[tuple[nn.Module, str]]]
+    originals: dict[str, nn.Parameter]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, name: str, parameter: nn.Parameter | MergedWeight) -> None:
+        """Set the tensor in every module that holds it."""
+        for module, attribute in self.places[name]:
+            module._parameters[attribute] = parameter
+
+
+def attach(
+    model: nn.Module,
+    experts: Mapping[str, Any] | Sequence[Any],
+    *,
+    granularity: Granularity = "layer",
+    init: float | Sequence[float] | Tensor = 0.3,
+    clamp: tuple[float, float] | None = (0.0, 1.0),
+    deltas: str = "experts",
+    trim: Mapping[str, Any] | None = None,
+    include: str | Sequence[str] | Callable[[str], bool] | None = None,
+    exclude: str | Sequence[str] | Callable[[str], bool] | None = None,
+    running_statistics_from: str = "experts",
+    allow_nonfinite: bool = False,
+) -> Coefficients:
+    """Turn a base model's parameters into merged weights, in place.
+
+    Every floating-point parameter W becomes W + sum_k lambda_k (W_k - W) and is from then on
+    computed with, not built. Module code stays as it is. Integer parameters and buffers keep the
+    base model's values; BatchNorm's running statistics become the mean of the experts'.
+
+    Args:
+        model: the base model.
+        experts: K fine-tuned models, as a list or {name: expert}: modules or state dicts with the
+            base's tensor names and shapes. They are kept by reference and must not change.
+        granularity: "task", "layer" or custom groups, see `Coefficients`.
+        init: initial coefficients: a number, K numbers, or a tensor [G, K].
+        clamp: limits of the coefficients in the forward pass, as in the paper's code, or None.
+        deltas: "experts" keeps the experts' weights and subtracts in registers; "dense" keeps
+            task vectors.
+        trim: dict(method="ties", density=0.2) keeps, per task, only the entries that TIES trims
+            to and elects, over the whole model (AdaMerging++); always dense.
+        include, exclude: which parameters are merged: glob patterns or a function of the name.
+        running_statistics_from: "experts" (mean) or "base", for BatchNorm's running statistics.
+        allow_nonfinite: accept NaN or Inf in base or experts.
+
+    Returns:
+        The coefficients, a module whose parameter is to be learned.
+
+    Raises:
+        ValueError: experts do not match the base (missing or extra tensors, shapes, NaN, ...), no
+            parameter is selected, or the model is attached already; nothing is changed then.
+
+    Source: AdaMerging and AdaMerging++ (arXiv 2310.02575).
+    """
+    if hasattr(model, _RECORD):
+        raise ValueError("the model has merged weights already: call fastmerge.detach first")
+    if deltas not in ("experts", "dense"):
+        raise ValueError(f"deltas must be 'experts' or 'dense', got {deltas!r}")
+    if running_statistics_from not in ("experts", "base"):
+        raise ValueError(
+            f"running_statistics_from must be 'experts' or 'base', got {running_statistics_from!r}"
+        )
+    places = _places(model)
+    parameters = dict(model.named_parameters())
+    floating = [name for name, p in parameters.items() if p.is_floating_point()]
+    names = select_names(floating, include, exclude)
+    statistics = running_statistics(model) if running_statistics_from == "experts" else []
+    chosen = {name: parameters[name] for name in names}
+    buffers = dict(model.named_buffers())
+    checked = chosen | {name: buffers[name] for name in statistics}
+    expert_names, tensors = check_models(
+        checked, experts, known=_known_names(model), allow_nonfinite=allow_nonfinite
+    )
+    coefficients = Coefficients(
+        names,
+        expert_names,
+        granularity=granularity,
+        init=init,
+        clamp=clamp,
+        shapes=[chosen[name].shape for name in names],
+    )
+    coefficients.to(next(iter(chosen.values())).device)
+    bases = {name: chosen[name].detach().contiguous() for name in names}
+    formats = _delta_formats(bases, {name: tensors[name] for name in names}, deltas, trim)
+    record = Attachment(coefficients, {}, {n: places[n] for n in names}, {})
+    for index, name in enumerate(names):
+        record.originals[name] = parameters[name]
+        record.weights[name] = MergedWeight(bases[name], formats[name], coefficients, index)
+        record.put(name, record.weights[name])
+    with torch.no_grad():
+        for name in statistics:
+            record.statistics[name] = buffers[name].clone()
+            mean = torch.stack([t.float() for t in tensors[name]]).mean(0)
+            buffers[name].copy_(mean)
+    model.__dict__[_RECORD] = record
+    return coefficients
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Give a model back the base model's own parameters and running statistics.
+
+    Args:
+        model: a model after `attach`, also after `materialize`.
+
+    Raises:
+        ValueError: the model was never attached.
+    """
+    record = _record(model)
+    for name, original in record.originals.items():
+        record.put(name, original)
+    with torch.no_grad():
+        buffers = dict(model.named_buffers())
+        for name, values in record.statistics.items():
+            buffers[name].copy_(values)
+    del model.__dict__[_RECORD]
+    return model
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """Replace merged weights by ordinary parameters with the present coefficients.
+
+    The values equal `fastmerge.merge` with those coefficients, bit for bit. `remerge_` and
+    `detach` still work afterwards.
+
+    Args:
+        model: a model after `attach`.
+
+    Raises:
+        ValueError: the model was never attached.
+    """
+    record = _record(model)
+    names = list(record.weights)
+    weights = [record.weights[name] for name in names]
+    built = ops.weighted_sum(
+        [w.base for w in weights], [w.deltas for w in weights], record.coefficients.matrix()
+    )
+    for name, values in zip(names, built, strict=True):
+        record.put(name, nn.Parameter(values, record.originals[name].requires_grad))
+    return model
+
+
+def remerge_(model: nn.Module, coefficients: Coefficients | Tensor) -> nn.Module:
+    """Write base + sum_k lambda_k tau_k into ordinary weights in place, for sweeps and searches.
+
+    Args:
+        model: a model after `attach` and `materialize`.
+        coefficients: the module, or a tensor [K] or [L, K].
+
+    Raises:
+        ValueError: the model is not materialized, or the coefficients do not fit.
+    """
+    record = _record(model)
+    matrix = coefficients.matrix() if isinstance(coefficients, Coefficients) else coefficients
+    shape = (len(record.weights), len(record.coefficients.experts))
+    if list(matrix.shape) not in ([shape[1]], list(shape)):
+        raise ValueError(
+            f"coefficients have shape {list(matrix.shape)}, expected [{shape[1]}] or {list(shape)}"
+        )
+    targets = []
+    for name in record.weights:
+        module, attribute = record.places[name][0]
+        parameter = module._parameters[attribute]
+        if isinstance(parameter, MergedWeight):
+            raise ValueError(
+                f"{name!r} is a merged weight: call fastmerge.materialize(model) before remerge_"
+            )
+        targets.append(parameter.data)
+    weights = list(record.weights.values())
+    ops.weighted_sum([w.base for w in weights], [w.deltas for w in weights], matrix, out=targets)
+    return model
+
+
+def coverage(model: nn.Module) -> list[tuple[str, dict[str, int], int]]:
+    """How each merged tensor has been computed with since `attach`.
+
+    Returns:
+        (tensor name, {"merged_linear" | "patches" | "rows" | "built": times}, bytes of one built
+        copy, 0 if none was built), in the order of the coefficients' rows.
+
+    Raises:
+        ValueError: the model was never attached.
+    """
+    return [
+        (name, dict(w.uses), w.base.numel() * w.base.element_size() if w.uses["built"] else 0)
+        for name, w in _record(model).weights.items()
+    ]
+
+
+def _record(model: nn.Module) -> Attachment:
+    record = model.__dict__.get(_RECORD)
+    if record is None:
+        raise ValueError("the model has no merged weights: call fastmerge.attach first")
+    return record
+
+
+def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Every (module, attribute) that holds a parameter, under the parameter's first name."""
+    first: dict[int, str] = {}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                full = f"{prefix}.{attribute}" if prefix else attribute
+                name = first.setdefault(id(parameter), full)
+                places.setdefault(name, []).append((module, attribute))
+    return places
+
+
+def _known_names(model: nn.Module) -> set[str]:
+    """All names an expert may have, tied duplicates and buffers included."""
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return named | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def _delta_formats(
+    bases: dict[str, Tensor],
+    tensors: dict[str, list[Tensor]],
+    deltas: str,
+    trim: Mapping[str, Any] | None,
+) -> dict[str, Deltas]:
+    if trim is not None:
+        return _trimmed(bases, tensors, dict(trim))
+    if deltas == "experts":
+        return {name: Experts([t.contiguous() for t in tensors[name]]) for name in bases}
+    return {
+        name: Dense([(t.to(base.dtype) - base).contiguous() for t in tensors[name]])
+        for name, base in bases.items()
+    }

@@ -1,0 +1,105 @@
+"""The command line. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Merge fine-tuned models and learn merge coefficients.",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"fastmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, which kernels run, and why the others do not."""
+    from .info import info as collect
+
+    facts = collect()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key}:")
+            for name, state in value.items():
+                typer.echo(f"  {name:<26} {state}")
+        else:
+            typer.echo(f"{key:<16} {value}")
+
+
+@app.command()
+def methods() -> None:
+    """List the merging methods with their parameters and defaults."""
+    from .methods import describe_methods
+
+    typer.echo(describe_methods())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for plots.")] = Path("demo-results"),
+    data: Annotated[
+        Path, typer.Option(help="Folder with the data wheels, caches.", envvar="FASTMERGE_DEMO_DATA")
+    ] = Path(".demo"),
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows to this file.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All methods, and the paper's protocol as well.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small and fast: checks the path, not the accuracy.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat over so many seeds.")] = 1,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Merge six fine-tuned sentence encoders and learn how much of each to take."""
+    from .demo.run import main as run
+
+    run(
+        out=out,
+        data=data,
+        json_path=json_path,
+        full=full,
+        quick=quick,
+        seeds=seeds,
+        seed=seed,
+        threads=threads,
+    )
+
+
+def main() -> None:
+    """Entry point: errors of the user's making are one line, without a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        typer.echo(f"fastmerge: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,203 @@
+"""attach, detach, materialize, remerge_: values, rules and refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastmerge as fm
+from fastmerge.merged_weight import MergedWeight
+
+from .plain import built_weights, make_experts
+
+
+class _Net(nn.Module):
+    """Tied weights, a norm with running statistics, an integer buffer, a frozen parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.layer = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 20, bias=False)
+        self.head.weight = self.embedding.weight
+        self.layer.bias.requires_grad_(False)
+        self.register_buffer("positions", torch.arange(5))
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        return self.head(self.norm(self.layer(x).flatten(0, 1)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return _Net().eval()
+
+
+@pytest.fixture
+def experts(net):
+    experts = make_experts(net, 3)
+    for k, expert in enumerate(experts):
+        expert.norm.running_mean.fill_(float(k))
+        expert.norm.running_var.fill_(1.0 + k)
+        expert.positions.add_(k)
+    return experts
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def test_attach_and_detach_leave_no_trace(net, experts):
+    originals = dict(net.named_parameters(remove_duplicate=False))
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    expected = net(IDS)
+    coefficients = fm.attach(net, experts, init=0.5)
+    assert net.embedding.weight is net.head.weight
+    assert isinstance(net.layer.weight, MergedWeight)
+    assert isinstance(net.layer.weight, nn.Parameter)
+    assert coefficients.names == ["embedding.weight", "layer.weight", "layer.bias", "norm.weight", "norm.bias"]
+    assert not torch.allclose(net(IDS), expected)
+    assert torch.equal(net.norm.running_mean, torch.ones(6))
+    assert torch.equal(net.norm.running_var, torch.full((6,), 2.0))
+    fm.detach(net)
+    restored = dict(net.named_parameters(remove_duplicate=False))
+    assert all(restored[name] is p for name, p in originals.items())
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert torch.equal(net(IDS), expected)
+    with pytest.raises(ValueError, match="fastmerge.attach first"):
+        fm.detach(net)
+
+
+def test_initial_zero_is_the_base_model(net, experts):
+    expected = net(IDS)
+    fm.attach(net, experts, init=0.0, running_statistics_from="base")
+    torch.testing.assert_close(net(IDS), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("deltas", ["experts", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_materialize_equals_merge(net, experts, deltas, dtype):
+    net, experts = net.to(dtype), [e.to(dtype) for e in experts]
+    base = copy.deepcopy(net)
+    coefficients = fm.attach(net, experts, deltas=deltas)
+    with torch.no_grad():
+        coefficients.raw.copy_(torch.rand(5, 3))
+    merged_output = net(IDS)
+    fm.materialize(net)
+    assert type(net.layer.weight) is nn.Parameter and net.embedding.weight is net.head.weight
+    assert net.layer.weight.requires_grad and not net.layer.bias.requires_grad
+    torch.testing.assert_close(net(IDS), merged_output)
+    if deltas == "experts":
+        expected = fm.merge(base, experts, coefficients=coefficients)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(value, net.state_dict()[name]), name
+
+
+def test_remerge_writes_in_place(net, experts):
+    coefficients = fm.attach(net, experts, init=0.1)
+    with pytest.raises(ValueError, match="materialize"):
+        fm.remerge_(net, coefficients)
+    fm.materialize(net)
+    pointer = net.layer.weight.data_ptr()
+    for values in (torch.tensor([0.2, 0.0, 0.7]), torch.rand(5, 3)):
+        fm.remerge_(net, values)
+        base = {n: p for n, p in fm.detach(copy.deepcopy(net)).named_parameters()}
+        states = [dict(e.named_parameters()) for e in experts]
+        expected = built_weights(base, states, values.expand(5, 3))
+        for name, value in expected.items():
+            torch.testing.assert_close(dict(net.named_parameters())[name].data, value)
+    assert net.layer.weight.data_ptr() == pointer
+    with pytest.raises(ValueError, match=r"shape \[2\], expected \[3\] or \[5, 3\]"):
+        fm.remerge_(net, torch.zeros(2))
+
+
+def test_include_and_exclude(net, experts):
+    coefficients = fm.attach(net, experts, include="layer.*", exclude=lambda n: n.endswith("bias"))
+    assert coefficients.names == ["layer.weight"]
+    assert not isinstance(net.embedding.weight, MergedWeight)
+    fm.detach(net)
+    with pytest.raises(ValueError, match="no"):
+        fm.attach(net, experts, include="nothing.*")
+
+
+def test_state_dict_holds_merged_values(net, experts):
+    coefficients = fm.attach(net, experts)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    assert not any(isinstance(v, MergedWeight) for v in net.state_dict().values())
+    fm.materialize(net)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert coefficients.raw.requires_grad
+
+
+def test_copies_have_their_own_coefficients(net, experts):
+    coefficients = fm.attach(net, experts)
+    clone = copy.deepcopy(net)
+    with torch.no_grad():
+        coefficients.raw.fill_(0.9)
+    own = clone.layer.weight.coefficients
+    assert own is clone.embedding.weight.coefficients and own is not coefficients
+    assert torch.equal(own.raw, torch.full((5, 3), 0.3))
+    assert clone.layer.weight.base.data_ptr() == net.layer.weight.base.data_ptr()
+    fm.materialize(clone)
+    assert isinstance(net.layer.weight, MergedWeight)
+
+
+def test_what_cannot_work_is_refused(net, experts):
+    fm.attach(net, experts)
+    with pytest.raises(ValueError, match="merged weights already"):
+        fm.attach(net, experts)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="'layer.weight' in place"):
+            net.layer.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="'layer.weight' in place"):
+            net.layer.weight[0] = 1
+        with pytest.raises(RuntimeError, match="'layer.weight' in place"):
+            net.layer.weight += 1
+    with pytest.raises(RuntimeError, match="in place"):
+        net.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="in place"):
+        net.load_state_dict(net.state_dict())
+    with pytest.raises(RuntimeError, match="cannot require grad"):
+        net.requires_grad_(True)
+    net.requires_grad_(False)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        torch.save(net, "/dev/null")
+    with pytest.raises(RuntimeError, match="float64, expected torch.float32"):
+        net.layer(torch.zeros(2, 6, dtype=torch.float64))
+
+
+def test_autocast(net, experts):
+    coefficients = fm.attach(net, experts)
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net.layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert coefficients.raw.grad is not None and coefficients.raw.grad[1].abs().max() > 0
+    torch.testing.assert_close(y.float(), net.layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_other_functions_get_a_built_copy(net, experts):
+    coefficients = fm.attach(net, experts)
+    weight = net.layer.weight
+    assert weight.shape == (6, 6) and weight.dtype == torch.float32 and weight.numel() == 36
+    assert "MergedWeight('layer.weight'" in repr(weight)
+    (weight.t() @ weight).sum().backward()
+    assert coefficients.raw.grad[1].abs().max() > 0
+    uses = {name: (use, size) for name, use, size in fm.coverage(net)}
+    assert uses["layer.weight"] == ({"built": 2}, 36 * 4)
+    assert uses["norm.bias"] == ({}, 0)
+
+
+def test_failed_attach_changes_nothing(net, experts):
+    originals = dict(net.named_parameters())
+    with torch.no_grad():
+        experts[1].layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layer\.weight"):
+        fm.attach(net, experts)
+    assert all(p is originals[n] for n, p in net.named_parameters())
+    assert torch.equal(net.norm.running_mean, torch.zeros(6))
