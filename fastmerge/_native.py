@@ -171,6 +171,181 @@ def combine_and_dot(
     return dots
 
 
+def magnitude_histogram(
+    base: torch.Tensor | None,
+    delta: torch.Tensor,
+    level: int,
+    prefix: int,
+    counts: torch.Tensor,
+    experts: bool = False,
+) -> None:
+    """Add to `counts` how often each group of bits occurs among the magnitudes |tau|.
+
+    With u the 31 bits of fp32 |tau|: level 0 counts u >> 15, level 1 counts u & 0x7fff among the
+    entries whose u >> 15 is `prefix`.
+
+    Args:
+        base, delta: tensors of one size; base may be None without `experts`.
+        counts: int64 [65536], added to.
+        experts: whether delta holds fine-tuned weights.
+    """
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads, cpu.histogram_bins, dtype=torch.int64)
+    cpu.magnitude_histogram(
+        _address(base if experts else None),
+        delta.data_ptr(),
+        delta.numel(),
+        _code([base] if experts else []),
+        _code([delta]),
+        experts,
+        level,
+        prefix,
+        counts.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    )
+
+
+def ties_merge(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    thresholds: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    experts: bool = False,
+    mode: int = 0,
+    scaling: float = 1.0,
+    majority: int = 0,
+    add_base: bool = False,
+) -> torch.Tensor:
+    """Trim, elect and merge one tensor into `out`.
+
+    out = scaling * merge of the kept tau_k that have the elected sign, plus base with `add_base`.
+
+    Args:
+        base: needed with `experts` or `add_base`.
+        deltas: K tensors of one size.
+        thresholds: fp32 [K]; tau_k is kept where |tau_k| >= thresholds[k].
+        out: tensor of that size; may be base.
+        mode: 0 mean, 1 sum, 2 largest magnitude.
+        majority: the sign, -1, 0 or 1, where the kept values add up to zero.
+
+    Returns:
+        int64 [2]: the sum of the elected signs before `majority`, and the number of entries whose
+        kept values cancel exactly.
+    """
+    deltas = _one_dtype(deltas)
+    stats = torch.empty(2, dtype=torch.int64)
+    cpu.ties_merge(
+        _address(base),
+        _addresses(deltas),
+        thresholds.data_ptr(),
+        out.data_ptr(),
+        stats.data_ptr(),
+        out.numel(),
+        _code([] if base is None else [base]),
+        _code(deltas),
+        _code([out]),
+        experts,
+        mode,
+        scaling,
+        majority,
+        add_base,
+        torch.get_num_threads(),
+    )
+    return stats
+
+
+def ties_masks(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    thresholds: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    experts: bool = False,
+    majority: int = 0,
+) -> torch.Tensor:
+    """Write which entries of each tau_k TIES keeps and elects as packed bits.
+
+    Args:
+        masks: uint8 [K, ceil(n / 8)]: entry i is bit i % 8 of byte i // 8, unused bits are 0.
+        base, deltas, thresholds, experts, majority: as in `ties_merge`.
+
+    Returns:
+        int64 [2] as from `ties_merge`.
+    """
+    deltas = _one_dtype(deltas)
+    stats = torch.empty(2, dtype=torch.int64)
+    cpu.ties_masks(
+        _address(base),
+        _addresses(deltas),
+        thresholds.data_ptr(),
+        masks.data_ptr(),
+        stats.data_ptr(),
+        deltas[0].numel(),
+        _code([] if base is None else [base]),
+        _code(deltas),
+        experts,
+        majority,
+        torch.get_num_threads(),
+    )
+    return stats
+
+
+def softmax_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy and log-sum-exp of every row, both fp32 [R].
+
+    Args:
+        logits: [R, C] with unit stride along C.
+    """
+    rows, cols = logits.shape
+    entropy = torch.empty(rows, dtype=torch.float32)
+    lse = torch.empty(rows, dtype=torch.float32)
+    cpu.softmax_entropy(
+        logits.data_ptr(),
+        entropy.data_ptr(),
+        lse.data_ptr(),
+        rows,
+        cols,
+        logits.stride(0),
+        _code([logits]),
+        torch.get_num_threads(),
+    )
+    return entropy, lse
+
+
+def softmax_entropy_backward(
+    logits: torch.Tensor, entropy: torch.Tensor, lse: torch.Tensor, grad_entropy: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the entropy, -p (log p + H) * grad, in the logits' dtype [R, C].
+
+    Args:
+        logits: [R, C] with unit stride along C.
+        entropy, lse: fp32 [R], the results of `softmax_entropy`.
+        grad_entropy: fp32 [R].
+    """
+    rows, cols = logits.shape
+    grad_logits = torch.empty(rows, cols, dtype=logits.dtype)
+    cpu.softmax_entropy_backward(
+        logits.data_ptr(),
+        entropy.data_ptr(),
+        lse.data_ptr(),
+        grad_entropy.data_ptr(),
+        grad_logits.data_ptr(),
+        rows,
+        cols,
+        logits.stride(0),
+        grad_logits.stride(0),
+        _code([logits]),
+        torch.get_num_threads(),
+    )
+    return grad_logits
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 

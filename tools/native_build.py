@@ -25,6 +25,7 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopc
 AVX512_FLAGS = [
     *AVX2_FLAGS,
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own intrinsics headers
 ]
 DEFAULT_CUDA_ARCHS = ["8.0", "9.0", "10.0+PTX"]
 CUDA_FALLBACK_HOMES = ("/usr/local/cuda",)
@@ -146,7 +147,9 @@ class NinjaFile:
         path.write_text("\n".join(lines) + "\n")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         command = [*find_ninja(), "-C", str(self.build_dir), "-j", jobs]
-        result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        result = subprocess.run(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         print(result.stdout, flush=True)
         if result.returncode != 0:
             errors = [line for line in result.stdout.splitlines() if "error" in line.lower()]
@@ -183,7 +186,9 @@ def build_cpu(output: Path, build_dir: Path) -> dict[str, object]:
     levels = cpu_levels()
     ninja = NinjaFile(build_dir)
     objects = [
-        ninja.compile([*cxx, f"-DFASTMERGE_LEVEL={level}", *flags], source, f"{level}/{source.stem}")
+        ninja.compile(
+            [*cxx, f"-DFASTMERGE_LEVEL={level}", *flags], source, f"{level}/{source.stem}"
+        )
         for level, flags in levels.items()
         for source in sorted((CSRC / "cpu").glob("*.cpp"))
     ]

@@ -140,6 +140,79 @@ void combine_and_dot(uintptr_t base, const Addresses& deltas, uintptr_t coeffici
        threads});
 }
 
+void magnitude_histogram(uintptr_t base, uintptr_t delta, int64_t size, int base_dtype,
+                         int delta_dtype, bool experts, int level, int64_t prefix, uintptr_t counts,
+                         uintptr_t scratch, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  py::gil_scoped_release release;
+  kernels().magnitude_histogram({pointer<const void>(base), pointer<const void>(delta),
+                                 pointer<int64_t>(counts), pointer<int64_t>(scratch), size, prefix,
+                                 level, base_dtype, delta_dtype, experts, threads});
+}
+
+void ties_merge(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t out,
+                uintptr_t stats, int64_t size, int base_dtype, int delta_dtype, int out_dtype,
+                bool experts, int merge, float scaling, int majority, bool add_base, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  expect_dtype("out_dtype", out_dtype);
+  if (merge < 0 || merge > 2) {
+    throw std::invalid_argument("merge: expected 0, 1 or 2, found " + std::to_string(merge));
+  }
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().ties_merge({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                         base_dtype, delta_dtype, experts},
+                        pointer<const float>(thresholds),
+                        pointer<void>(out),
+                        pointer<int64_t>(stats),
+                        size,
+                        out_dtype,
+                        static_cast<fastmerge::cpu::Merge>(merge),
+                        scaling,
+                        majority,
+                        add_base,
+                        threads});
+}
+
+void ties_masks(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t masks,
+                uintptr_t stats, int64_t size, int base_dtype, int delta_dtype, bool experts,
+                int majority, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().ties_masks({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                         base_dtype, delta_dtype, experts},
+                        pointer<const float>(thresholds),
+                        pointer<uint8_t>(masks),
+                        pointer<int64_t>(stats),
+                        size,
+                        majority,
+                        threads});
+}
+
+void softmax_entropy(uintptr_t logits, uintptr_t entropy, uintptr_t lse, int64_t rows, int64_t cols,
+                     int64_t row_stride, int dtype, int threads) {
+  expect_dtype("dtype", dtype);
+  py::gil_scoped_release release;
+  kernels().softmax_entropy({pointer<const void>(logits), pointer<float>(entropy),
+                             pointer<float>(lse), rows, cols, row_stride, dtype, threads});
+}
+
+void softmax_entropy_backward(uintptr_t logits, uintptr_t entropy, uintptr_t lse,
+                              uintptr_t grad_entropy, uintptr_t grad_logits, int64_t rows,
+                              int64_t cols, int64_t row_stride, int64_t grad_row_stride, int dtype,
+                              int threads) {
+  expect_dtype("dtype", dtype);
+  py::gil_scoped_release release;
+  kernels().softmax_entropy_backward({pointer<const void>(logits), pointer<const float>(entropy),
+                                      pointer<const float>(lse), pointer<const float>(grad_entropy),
+                                      pointer<void>(grad_logits), rows, cols, row_stride,
+                                      grad_row_stride, dtype, threads});
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int level = 0; level < fastmerge::cpu::supported_levels(); ++level) {
@@ -164,6 +237,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("weighted_sum", &weighted_sum);
   m.def("coefficient_grad", &coefficient_grad);
   m.def("combine_and_dot", &combine_and_dot);
+  m.def("magnitude_histogram", &magnitude_histogram);
+  m.def("ties_merge", &ties_merge);
+  m.def("ties_masks", &ties_masks);
+  m.def("softmax_entropy", &softmax_entropy);
+  m.def("softmax_entropy_backward", &softmax_entropy_backward);
+  m.attr("histogram_bins") = fastmerge::cpu::kHistogramBins;
   m.def("isa", [] { return std::string(fastmerge::cpu::isa()); });
   m.def("supported_isas", &supported_isas);
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -8,6 +8,11 @@ namespace fastmerge::cpu::FASTMERGE_LEVEL {
 void weighted_sum(const WeightedSumParams& p);
 void coefficient_grad(const CoefficientGradParams& p);
 void combine_and_dot(const CombineAndDotParams& p);
+void magnitude_histogram(const MagnitudeHistogramParams& p);
+void ties_merge(const TiesMergeParams& p);
+void ties_masks(const TiesMasksParams& p);
+void softmax_entropy(const SoftmaxEntropyParams& p);
+void softmax_entropy_backward(const SoftmaxEntropyBackwardParams& p);
 
 extern const KernelTable kTable;
 

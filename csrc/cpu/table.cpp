@@ -2,6 +2,9 @@
 
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 
-const KernelTable kTable = {weighted_sum, coefficient_grad, combine_and_dot};
+const KernelTable kTable = {
+    weighted_sum, coefficient_grad, combine_and_dot, magnitude_histogram,
+    ties_merge,   ties_masks,       softmax_entropy, softmax_entropy_backward,
+};
 
 }  // namespace fastmerge::cpu::FASTMERGE_LEVEL

@@ -105,6 +105,23 @@ FASTMERGE_INLINE F32 absolute(F32 a) {
   return r;
 }
 
+// One bit per lane, the first lane lowest.
+FASTMERGE_INLINE uint32_t bits(Mask m) {
+  uint32_t r = 0;
+  FASTMERGE_PARTS {
+#if defined(__AVX512F__)
+    r = _mm512_movepi32_mask((__m512i)m.part[j]);
+#elif defined(__AVX2__)
+    r |= uint32_t(_mm256_movemask_ps((__m256)m.part[j])) << (j * kWidth);
+#elif defined(__SSE2__)
+    r |= uint32_t(_mm_movemask_ps((__m128)m.part[j])) << (j * kWidth);
+#else
+    for (int lane = 0; lane < kWidth; ++lane) r |= (m.part[j][lane] & 1u) << (j * kWidth + lane);
+#endif
+  }
+  return r;
+}
+
 FASTMERGE_INLINE PartU widen(PartH h) { return __builtin_convertvector(h, PartU); }
 
 FASTMERGE_INLINE PartH narrow(PartU u) { return __builtin_convertvector(u, PartH); }

@@ -81,10 +81,93 @@ struct CombineAndDotParams {
   int threads;
 };
 
+constexpr int64_t kHistogramBins = 65536;
+
+// Adds to counts. With u the 31 bits of the fp32 |tau|: level 0 counts u >> 15; level 1 counts
+// u & 0x7fff among the entries whose u >> 15 is `prefix`.
+struct MagnitudeHistogramParams {
+  const void* base;  // null without experts
+  const void* delta;
+  int64_t* counts;   // [kHistogramBins]
+  int64_t* scratch;  // [threads, kHistogramBins]
+  int64_t size;
+  int64_t prefix;
+  int level;
+  int base_dtype;
+  int delta_dtype;
+  bool experts;
+  int threads;
+};
+
+// How TIES joins the values that agree with the elected sign.
+enum class Merge { kMean = 0, kSum = 1, kMax = 2 };
+
+// x_k = |tau_k| >= thresholds[k] ? tau_k : 0; S = sum_k x_k; s = sign(S), or `majority` where S is
+// zero or NaN; an x_k is selected when it is positive (s > 0) or negative (otherwise).
+// out = scaling * merge of the selected x_k, on top of base when add_base.
+// stats[0] gets the sum of sign(S), stats[1] the number of entries with S = 0 and some x_k != 0.
+struct TiesMergeParams {
+  Source source;
+  const float* thresholds;  // [K]
+  void* out;
+  int64_t* stats;  // [2]
+  int64_t size;
+  int out_dtype;
+  Merge merge;
+  float scaling;
+  int majority;
+  bool add_base;
+  int threads;
+};
+
+// Packed selections as above: entry i of delta k is bit i % 8 of masks[k, i / 8]; unused bits are
+// 0.
+struct TiesMasksParams {
+  Source source;
+  const float* thresholds;  // [K]
+  uint8_t* masks;           // [K, ceil(size / 8)]
+  int64_t* stats;           // [2]
+  int64_t size;
+  int majority;
+  int threads;
+};
+
+// entropy = lse - sum_c p_c x_c and lse = log sum_c exp(x_c) of every row x, p its softmax.
+struct SoftmaxEntropyParams {
+  const void* logits;
+  float* entropy;  // [rows]
+  float* lse;      // [rows]
+  int64_t rows;
+  int64_t cols;
+  int64_t row_stride;
+  int dtype;
+  int threads;
+};
+
+// grad_logits = -p (log p + entropy) * grad_entropy; 0 where p = 0.
+struct SoftmaxEntropyBackwardParams {
+  const void* logits;
+  const float* entropy;       // [rows]
+  const float* lse;           // [rows]
+  const float* grad_entropy;  // [rows]
+  void* grad_logits;          // of the logits' dtype
+  int64_t rows;
+  int64_t cols;
+  int64_t row_stride;
+  int64_t grad_row_stride;
+  int dtype;
+  int threads;
+};
+
 struct KernelTable {
   void (*weighted_sum)(const WeightedSumParams&);
   void (*coefficient_grad)(const CoefficientGradParams&);
   void (*combine_and_dot)(const CombineAndDotParams&);
+  void (*magnitude_histogram)(const MagnitudeHistogramParams&);
+  void (*ties_merge)(const TiesMergeParams&);
+  void (*ties_masks)(const TiesMasksParams&);
+  void (*softmax_entropy)(const SoftmaxEntropyParams&);
+  void (*softmax_entropy_backward)(const SoftmaxEntropyBackwardParams&);
 };
 
 // The chosen level's kernels. Levels are ordered from "baseline" upwards.
