@@ -1,4 +1,4 @@
-"""`attach`, `detach`, `materialize`, `remerge_`: a model's parameters become merged weights, and back.
+"""`attach`, `detach`, `materialize`, `remerge_`: parameters become merged weights, and back.
 
 `attach` replaces parameters in place and remembers what it replaced on the model itself, so that
 the other three need no more than the model.
@@ -18,6 +18,7 @@ from .checking import check_models, running_statistics, select_names
 from .coefficients import Coefficients, Granularity
 from .deltas import Deltas, Dense, Experts
 from .merged_weight import MergedWeight
+from .trimming import trim_deltas
 
 _RECORD = "_fastmerge_attachment"
 
@@ -98,7 +99,7 @@ def attach(
         raise ValueError(
             f"running_statistics_from must be 'experts' or 'base', got {running_statistics_from!r}"
         )
-    places = _places(model)
+    places, tied = _places(model)
     parameters = dict(model.named_parameters())
     floating = [name for name, p in parameters.items() if p.is_floating_point()]
     names = select_names(floating, include, exclude)
@@ -107,7 +108,7 @@ def attach(
     buffers = dict(model.named_buffers())
     checked = chosen | {name: buffers[name] for name in statistics}
     expert_names, tensors = check_models(
-        checked, experts, known=_known_names(model), allow_nonfinite=allow_nonfinite
+        checked, experts, known=[*tied, *buffers], tied=tied, allow_nonfinite=allow_nonfinite
     )
     coefficients = Coefficients(
         names,
@@ -231,23 +232,21 @@ def _record(model: nn.Module) -> Attachment:
     return record
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Every (module, attribute) that holds a parameter, under the parameter's first name."""
+def _places(
+    model: nn.Module,
+) -> tuple[dict[str, list[tuple[nn.Module, str]]], dict[str, str]]:
+    """Every (module, attribute) that holds a parameter, and the first name of each tied name."""
     first: dict[int, str] = {}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
+    tied: dict[str, str] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 full = f"{prefix}.{attribute}" if prefix else attribute
                 name = first.setdefault(id(parameter), full)
                 places.setdefault(name, []).append((module, attribute))
-    return places
-
-
-def _known_names(model: nn.Module) -> set[str]:
-    """All names an expert may have, tied duplicates and buffers included."""
-    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return named | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+                tied[full] = name
+    return places, tied
 
 
 def _delta_formats(
@@ -257,7 +256,7 @@ def _delta_formats(
     trim: Mapping[str, Any] | None,
 ) -> dict[str, Deltas]:
     if trim is not None:
-        return _trimmed(bases, tensors, dict(trim))
+        return dict(trim_deltas(bases, tensors, trim))
     if deltas == "experts":
         return {name: Experts([t.contiguous() for t in tensors[name]]) for name in bases}
     return {

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: native kernels, Triton kernels or the plain PyTorch reference."""
+"""Which implementation of an op runs: native kernels, Triton kernels or the reference."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ def methods() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for plots.")] = Path("demo-results"),
     data: Annotated[
-        Path, typer.Option(help="Folder with the data wheels, caches.", envvar="FASTMERGE_DEMO_DATA")
+        Path,
+        typer.Option(help="Folder of the data and caches.", envvar="FASTMERGE_DEMO_DATA"),
     ] = Path(".demo"),
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the rows to this file.")

@@ -164,9 +164,7 @@ def check_same_tensors(
         )
     if list(names) != list(found_names):
         i = next(i for i, (a, b) in enumerate(zip(names, found_names, strict=True)) if a != b)
-        raise ValueError(
-            f"{source}: row {i} belongs to {found_names[i]!r}, expected {names[i]!r}"
-        )
+        raise ValueError(f"{source}: row {i} belongs to {found_names[i]!r}, expected {names[i]!r}")
     if shapes is not None and found_shapes is not None:
         for name, expected, found in zip(names, shapes, found_shapes, strict=True):
             if list(expected) != list(found):

@@ -313,11 +313,11 @@ def _join(inputs: list[Any]) -> tuple[Any, list[int]] | None:
     """All tasks' inputs as one batch and the rows of each, or None if shapes differ."""
     flat = [pytree.tree_flatten(i) for i in inputs]
     leaves, spec = [f[0] for f in flat], flat[0][1]
-    if any(f[1] != spec for f in flat) or not all(map(_is_tensor, sum(leaves, []))):
+    every = [leaf for task in leaves for leaf in task]
+    if any(f[1] != spec for f in flat) or not all(_is_tensor(t) and t.dim() > 0 for t in every):
         return None
     columns = list(zip(*leaves, strict=True))
-    kinds = [{(t.shape[1:], t.dtype, t.device) for t in column} for column in columns]
-    if any(t.dim() == 0 for t in sum(leaves, [])) or any(len(kind) > 1 for kind in kinds):
+    if any(len({(t.shape[1:], t.dtype, t.device) for t in column}) > 1 for column in columns):
         return None
     rows = [task[0].shape[0] for task in leaves]
     if any(t.shape[0] != n for task, n in zip(leaves, rows, strict=True) for t in task):
@@ -332,9 +332,7 @@ def _split(output: Any, rows: list[int]) -> list[Any] | None:
     if not all(_is_tensor(t) and t.dim() > 0 and t.shape[0] == total for t in leaves):
         return None
     parts = [leaf.split(rows) for leaf in leaves]
-    return [
-        pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(len(rows))
-    ]
+    return [pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(len(rows))]
 
 
 def _has_training_batch_norm(model: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def load_checkpoint(
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path}: not a learning checkpoint (format {FORMAT})")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
         about = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
         history, groups = about["history"], about["param_groups"]
         names, experts, shapes = about["names"], about["experts"], about["shapes"]

@@ -59,7 +59,13 @@ def test_attach_and_detach_leave_no_trace(net, experts):
     assert net.embedding.weight is net.head.weight
     assert isinstance(net.layer.weight, MergedWeight)
     assert isinstance(net.layer.weight, nn.Parameter)
-    assert coefficients.names == ["embedding.weight", "layer.weight", "layer.bias", "norm.weight", "norm.bias"]
+    assert coefficients.names == [
+        "embedding.weight",
+        "layer.weight",
+        "layer.bias",
+        "norm.weight",
+        "norm.bias",
+    ]
     assert not torch.allclose(net(IDS), expected)
     assert torch.equal(net.norm.running_mean, torch.ones(6))
     assert torch.equal(net.norm.running_var, torch.full((6,), 2.0))
@@ -68,7 +74,7 @@ def test_attach_and_detach_leave_no_trace(net, experts):
     assert all(restored[name] is p for name, p in originals.items())
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert torch.equal(net(IDS), expected)
-    with pytest.raises(ValueError, match="fastmerge.attach first"):
+    with pytest.raises(ValueError, match=r"fastmerge\.attach first"):
         fm.detach(net)
 
 
@@ -151,11 +157,11 @@ def test_what_cannot_work_is_refused(net, experts):
     with pytest.raises(ValueError, match="merged weights already"):
         fm.attach(net, experts)
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="'layer.weight' in place"):
+        with pytest.raises(RuntimeError, match=r"'layer\.weight' in place"):
             net.layer.weight.mul_(2)
-        with pytest.raises(RuntimeError, match="'layer.weight' in place"):
+        with pytest.raises(RuntimeError, match=r"'layer\.weight' in place"):
             net.layer.weight[0] = 1
-        with pytest.raises(RuntimeError, match="'layer.weight' in place"):
+        with pytest.raises(RuntimeError, match=r"'layer\.weight' in place"):
             net.layer.weight += 1
     with pytest.raises(RuntimeError, match="in place"):
         net.to(torch.bfloat16)
@@ -166,7 +172,7 @@ def test_what_cannot_work_is_refused(net, experts):
     net.requires_grad_(False)
     with pytest.raises(TypeError, match="cannot be pickled"):
         torch.save(net, "/dev/null")
-    with pytest.raises(RuntimeError, match="float64, expected torch.float32"):
+    with pytest.raises(RuntimeError, match=r"float64, expected torch\.float32"):
         net.layer(torch.zeros(2, 6, dtype=torch.float64))
 
 

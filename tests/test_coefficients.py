@@ -36,7 +36,11 @@ def test_granularity(granularity, groups, rows):
 
 def test_clamp_acts_in_the_forward_pass_only():
     coefficients = _coefficients(init=torch.tensor([[-0.5, 0.0], [0.4, 1.0], [1.5, 0.2]]))
-    assert coefficients.matrix().tolist() == [[0.0, 0.0], pytest.approx([0.4, 1.0]), [1.0, pytest.approx(0.2)]]
+    assert coefficients.matrix().tolist() == [
+        [0.0, 0.0],
+        pytest.approx([0.4, 1.0]),
+        [1.0, pytest.approx(0.2)],
+    ]
     sum(coefficients.row(i).sum() for i in range(3)).backward()
     # zero strictly outside, passed at the boundary
     assert coefficients.raw.grad.tolist() == [[0, 1], [1, 1], [0, 1]]

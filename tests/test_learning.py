@@ -87,7 +87,7 @@ def test_fifty_steps_agree_with_a_plain_implementation(setting, objective, clamp
     error = (coefficients.raw.detach().double() - truth).abs().max()
     eager_error = (eager.double() - truth).abs().max()
     assert error <= eager_error + 1e-4
-    assert len(history.loss) == 50 and history.loss[-1] < history.loss[0]
+    assert len(history.loss) == 50 and sum(history.loss[-10:]) < sum(history.loss[:10])
 
 
 class _IgnoresExtra(nn.Module):
@@ -205,15 +205,16 @@ def test_collapse_warning_fires_on_collapse_only():
         def forward(self, x):
             return x + self.bias
 
+    torch.manual_seed(0)
     base, expert = Biased(), Biased()
     with torch.no_grad():
         expert.bias[1] = 10.0
     data = {"only": ShuffledBatches(torch.randn(64, 3), 16)}
-    coefficients = fm.attach(base, [expert], init=0.02)
+    coefficients = fm.attach(base, [expert], init=0.05)
     with pytest.warns(CollapseWarning, match=r"task 'only' is collapsing .* class 1"):
-        fm.learn(base, coefficients, data, steps=200, lr=1e-2)
+        fm.learn(base, coefficients, data, steps=300, lr=2e-3)
     fm.detach(base)
-    coefficients = fm.attach(base, [expert], init=0.02)
+    coefficients = fm.attach(base, [expert], init=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error", CollapseWarning)
         fm.learn(base, coefficients, data, steps=80, lr=0.0)
@@ -229,8 +230,9 @@ def test_other_parameters_are_frozen_meanwhile(setting):
         coefficients,
         _batches(data),
         steps=2,
-        objective=lambda logits, batch: seen.append(model[0].weight.requires_grad) or F.mse_loss(
-            logits, torch.zeros_like(logits)
+        objective=lambda logits, batch: (
+            seen.append(model[0].weight.requires_grad)
+            or F.mse_loss(logits, torch.zeros_like(logits))
         ),
     )
     assert not any(seen) and len(seen) == 6

@@ -1,4 +1,4 @@
-"""What every op file shares: registration with the torch dispatcher, dtype rules, argument checks."""
+"""What every op file shares: registration with the dispatcher, dtype rules, argument checks."""
 
 from __future__ import annotations
 

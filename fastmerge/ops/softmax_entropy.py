@@ -76,9 +76,7 @@ def _backward(ctx, grad):
     return torch.ops.fastmerge.softmax_entropy_backward(grad, ctx.saved_tensors[0])
 
 
-register(
-    "softmax_entropy(Tensor logits) -> Tensor", reference=_reference, cpu=_cpu, fake=_fake
-)
+register("softmax_entropy(Tensor logits) -> Tensor", reference=_reference, cpu=_cpu, fake=_fake)
 register_gradient("softmax_entropy", _backward, _setup_context)
 
 
