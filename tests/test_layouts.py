@@ -129,9 +129,7 @@ def test_token_ids(layout):
     (theirs,) = torch.autograd.grad(built_call(plain, experts, raw, loss), [raw])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * theirs.abs().max().item())
     uses = {name: use for name, use, _ in fm.coverage(model)}
-    table = next(
-        name for name in uses if "word_embeddings" in name or "wte" in name or "embed" in name
-    )
+    table = next(n for n in uses if any(word in n for word in ("word_embeddings", "wte", "embed")))
     assert uses[table].get("rows") == 1
 
 
