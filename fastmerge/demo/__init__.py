@@ -1,1 +1,1 @@
-"""The demo: a real MiniLM, six real text-classification tasks, every merging method side by side."""
+"""The demo: a real MiniLM and six real text-classification tasks, method beside method."""

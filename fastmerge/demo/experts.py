@@ -22,6 +22,7 @@ from .settings import Settings
 from .tasks import Split, TaskData
 
 _RECIPE = 1  # raise it when training changes in a way that no other part of the fingerprint shows
+_SETTINGS = ("expert_", "head_", "tokens")
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,19 @@ class Expert:
 
 
 def fingerprint(
-    encoder: Encoder, task: TaskData, head: Callable, settings: Settings, seed: int
+    encoder: Encoder, tasks: Mapping[str, TaskData], settings: Settings, seed: int
 ) -> str:
-    """Hash of all that an expert's bytes depend on, but for the number of threads."""
+    """Hash of all that the experts' bytes depend on, but for the number of threads."""
     import transformers
 
     digest = hashlib.sha256()
-    probe = torch.eye(encoder.bert.config.hidden_size)
-    for tensor in (*encoder.state_dict().values(), task.train.ids, task.train.labels, head(probe)):
+    for tensor in encoder.state_dict().values():
         digest.update(tensor.detach().contiguous().numpy().tobytes())
-    recipe = {key: value for key, value in vars(settings).items() if key.startswith("expert_")}
+    for task in tasks.values():
+        digest.update(json.dumps(task.task.classes).encode())
+        digest.update(task.train.ids.numpy().tobytes())
+        digest.update(task.train.labels.numpy().tobytes())
+    recipe = {key: value for key, value in vars(settings).items() if key.startswith(_SETTINGS)}
     versions = [torch.__version__, transformers.__version__]
     digest.update(json.dumps([_RECIPE, seed, recipe, versions], sort_keys=True).encode())
     return digest.hexdigest()[:16]
@@ -101,7 +105,7 @@ def obtain(
     cache: Path,
     step_done: Callable[[], None] = lambda: None,
 ) -> Expert:
-    """A task's expert: from `cache` if it was trained before, else trained and kept there.
+    """A task's expert: from the folder `cache` if it was trained before, else trained and kept.
 
     The file appears only when it is complete, so an interrupted run goes on with the first task
     that has none.
@@ -110,7 +114,7 @@ def obtain(
         DemoDataError: a kept file does not hold exactly the fine-tuned tensors.
     """
     name = task.task.name
-    path = cache / f"{name}-{fingerprint(encoder, task, head, settings, seed)}.safetensors"
+    path = cache / f"{name}.safetensors"
     if path.is_file():
         return Expert(_read(path, merged_state(encoder)), path, reused=True)
     task_seed = zlib.crc32(f"{name} {seed}".encode())
@@ -135,7 +139,7 @@ def _write(path: Path, state: Mapping[str, Tensor]) -> None:
 def _read(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors has one error class of its own for damaged files
         raise DemoDataError(f"expert {path} cannot be read ({error}); remove the file") from error
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}

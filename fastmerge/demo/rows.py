@@ -1,0 +1,310 @@
+"""The rows of the demo's table: every method merges the same experts and is scored alike."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmerge as fm
+
+from ..learning import CollapseWarning, ShuffledBatches
+from ..objectives import Batch, resolve_objective
+from ..report import LABELS, Curve
+from .evaluate import accuracies, accuracy, embed
+from .measure import Cost, measured
+from .model import INCLUDE, Encoder
+from .settings import Settings
+from .tasks import Split, TaskData
+
+State = dict[str, Tensor]
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Bench:
+    """What all rows of one seed share.
+
+    Attributes:
+        encoder: the base model; every method leaves it as it found it.
+        base: its merged parameters by name.
+        experts: {task: an expert's merged parameters by name}.
+        heads: {task: the frozen head}.
+        tasks: {task: its rows}.
+        settings: sizes and hyperparameters.
+        seed: the seed of splits, experts and batches.
+    """
+
+    encoder: Encoder
+    base: State
+    experts: dict[str, State]
+    heads: dict[str, Head]
+    tasks: dict[str, TaskData]
+    settings: Settings
+    seed: int
+
+    @cached_property
+    def scored(self) -> dict[str, Split]:
+        return {name: task.test for name, task in self.tasks.items()}
+
+    @cached_property
+    def strict(self) -> Adaptation:
+        return Adaptation(self, {name: task.adapt for name, task in self.tasks.items()})
+
+    @cached_property
+    def paper(self) -> Adaptation:
+        return Adaptation(self, self.scored)
+
+    def adaptation(self, protocol: str) -> Adaptation:
+        """The unlabelled rows of a protocol: other rows ("strict") or the scored ones ("paper")."""
+        return {"strict": self.strict, "paper": self.paper}[protocol]
+
+    @contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[Encoder]:
+        """The encoder with other merged parameters, for the duration of the body."""
+        self.encoder.load_state_dict(state, strict=False)
+        try:
+            yield self.encoder
+        finally:
+            self.encoder.load_state_dict(self.base, strict=False)
+
+    def score(self, state: Mapping[str, Tensor]) -> dict[str, float]:
+        """Accuracy in percent of the encoder with these merged parameters, on the scored rows."""
+        with self.holding(state) as encoder:
+            return accuracies(encoder, self.heads, self.scored)
+
+
+class Adaptation:
+    """Unlabelled rows to adapt on; the experts' logits on them are computed once.
+
+    Args:
+        bench: the shared parts.
+        rows: {task: rows}; their labels are not looked at.
+    """
+
+    def __init__(self, bench: Bench, rows: Mapping[str, Split]) -> None:
+        self.bench = bench
+        self.ids = {name: split.ids for name, split in rows.items()}
+        self.expert_logits: dict[str, Tensor] = {}  # {task: [rows, classes]}
+        self.expert_cost = Cost()
+
+    def prepare(self) -> None:
+        """Compute the experts' logits unless they are there already."""
+        if self.expert_logits:
+            return
+        with measured() as self.expert_cost:
+            for name, ids in self.ids.items():
+                with self.bench.holding(self.bench.experts[name]) as encoder:
+                    self.expert_logits[name] = self.bench.heads[name](embed(encoder, ids))
+
+    @cached_property
+    def lookups(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """{task: function from token ids [B, tokens] to the expert's logits [B, classes]}."""
+        return {name: _lookup(self.ids[name], self.expert_logits[name]) for name in self.ids}
+
+    def batches(self) -> dict[str, ShuffledBatches]:
+        """{task: endless shuffled batches of token ids}."""
+        size, seed = self.bench.settings.adapt_batch, self.bench.seed
+        return {name: ShuffledBatches(ids, size, seed) for name, ids in self.ids.items()}
+
+    def loss(self, objective: str, rows: int) -> float:
+        """The objective that learning minimises, for the encoder as it is, on `rows` of each."""
+        loss_of = resolve_objective(objective)
+        total = 0.0
+        for name, ids in self.ids.items():
+            target = self.expert_logits[name][:rows] if objective == "kl" else None
+            logits = self.bench.heads[name](embed(self.bench.encoder, ids[:rows]))
+            total += float(loss_of(logits, Batch(name, ids[:rows], target)))
+        return total
+
+
+def _lookup(ids: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rows are distinct within a task, so a row's token ids say which row it is."""
+    places = {row.numpy().tobytes(): index for index, row in enumerate(ids)}
+
+    def find(inputs: Tensor) -> Tensor:
+        return logits[[places[row.numpy().tobytes()] for row in inputs]]
+
+    return find
+
+
+@dataclass
+class Row:
+    """One line of the table, and what plots need besides.
+
+    Attributes:
+        record: method, protocol, seed, accuracy {task: percent}, average, seconds, peak_mib, and
+            the chosen scaling or a warning where there is one.
+        curve: entropy and accuracy while learning, or None.
+        coefficients: the learned coefficients [L, K] and the tensor names, or None.
+    """
+
+    record: dict[str, Any]
+    curve: Curve | None = None
+    coefficients: tuple[Tensor, list[str]] | None = field(default=None, repr=False)
+
+
+def _row(
+    bench: Bench, method: str, accuracy: dict[str, float], cost: Cost, protocol: str = "strict",
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "method": method,
+        "protocol": protocol,
+        "seed": bench.seed,
+        "accuracy": accuracy,
+        "average": statistics.fmean(accuracy.values()),
+        "seconds": cost.seconds,
+        "peak_mib": cost.peak_mib,
+        **more,
+    }
+
+
+def pretrained(bench: Bench) -> Row:
+    """The base model with its zero-shot heads."""
+    with measured() as cost, cost.paused():
+        result = bench.score(bench.base)
+    return Row(_row(bench, "pretrained", result, cost))
+
+
+def individual(bench: Bench) -> Row:
+    """Each task with its own expert: what merging can at best hope to keep."""
+    result = {}
+    with measured() as cost, cost.paused():
+        for name, state in bench.experts.items():
+            with bench.holding(state) as encoder:
+                result[name] = accuracy(encoder, bench.heads[name], bench.scored[name])
+    return Row(_row(bench, "individual", result, cost))
+
+
+def static(bench: Bench, method: str, **parameters: Any) -> Row:
+    """A merge without learning, with the paper's parameters."""
+    with measured() as cost:
+        state = fm.merge(bench.base, bench.experts, method=method, **parameters)
+        with cost.paused():
+            result = bench.score(state)
+    more = {"scaling": parameters["scaling"]} if "scaling" in parameters else {}
+    return Row(_row(bench, method, result, cost, **more))
+
+
+def tuned(bench: Bench, method: str) -> Row:
+    """Task arithmetic or TIES at the scaling that the unlabelled adapt rows prefer.
+
+    Every scaling of the grid is judged by the objective and rows that learning uses. Both methods
+    are linear in their scaling, so TIES merges once and its result then acts as a single expert.
+    """
+    settings, encoder, adaptation = bench.settings, bench.encoder, bench.strict
+    if settings.tune_objective == "kl":
+        adaptation.prepare()
+    with measured() as cost:
+        experts, grid = bench.experts, settings.task_arithmetic_grid
+        if method == "ties":
+            merged = fm.merge(
+                bench.base, experts, method="ties", density=settings.ties_density, scaling=1.0,
+                merge="mean",
+            )  # fmt: skip
+            experts, grid = {"ties": merged}, settings.ties_grid
+        fm.attach(encoder, experts, granularity="task", include=INCLUDE)
+        try:
+            fm.materialize(encoder)
+
+            def loss(scaling: float) -> float:
+                fm.remerge_(encoder, torch.full((len(experts),), scaling))
+                return adaptation.loss(settings.tune_objective, settings.tune_rows)
+
+            best = min(grid, key=loss)
+            fm.remerge_(encoder, torch.full((len(experts),), best))
+            with cost.paused():
+                result = accuracies(encoder, bench.heads, bench.scored)
+        finally:
+            fm.detach(encoder)
+    cost.seconds += adaptation.expert_cost.seconds
+    more = {"scaling": best, "objective": settings.tune_objective}
+    return Row(_row(bench, f"{method}_tuned", result, cost, **more))
+
+
+def learned(
+    bench: Bench,
+    method: str,
+    *,
+    objective: str = "entropy",
+    granularity: str = "layer",
+    protocol: str = "strict",
+    trim: Mapping[str, Any] | None = None,
+) -> Row:
+    """AdaMerging: coefficients learned from unlabelled rows."""
+    settings, encoder = bench.settings, bench.encoder
+    adaptation = bench.adaptation(protocol)
+    if objective == "kl":
+        adaptation.prepare()
+    shown = {name: rows.first(settings.curve_rows) for name, rows in bench.scored.items()}
+    with measured() as cost, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CollapseWarning)
+
+        def watch() -> dict[str, float]:
+            with cost.paused():
+                return accuracies(encoder, bench.heads, shown)
+
+        coefficients = fm.attach(
+            encoder, bench.experts, granularity=granularity, init=settings.scaling, clamp=None,
+            include=INCLUDE, trim=trim,
+        )  # fmt: skip
+        try:
+            history = fm.learn(
+                encoder, coefficients, adaptation.batches(), heads=bench.heads,
+                objective=objective, steps=settings.adapt_steps, lr=settings.adapt_rate,
+                expert_logits=adaptation.lookups if objective == "kl" else None,
+                evaluate=watch, evaluate_every=settings.curve_every,
+            )  # fmt: skip
+            fm.materialize(encoder)
+            with cost.paused():
+                result = accuracies(encoder, bench.heads, bench.scored)
+        finally:
+            fm.detach(encoder)
+    if objective == "kl":
+        cost.seconds += adaptation.expert_cost.seconds
+    collapses = [str(w.message) for w in caught if issubclass(w.category, CollapseWarning)]
+    more = {"objective": objective} | ({"warnings": collapses} if collapses else {})
+    return Row(
+        _row(bench, method, result, cost, protocol, **more),
+        Curve(LABELS[method], history.entropy, history.evaluations),
+        (coefficients.matrix(), coefficients.names),
+    )
+
+
+def plan(settings: Settings, full: bool) -> list[Callable[[Bench], Row]]:
+    """The table's rows in order, each as a function of the shared parts."""
+    pp = {"method": "ties", "density": settings.ties_density}
+    ties = {"density": settings.ties_density, "scaling": settings.ties_scaling, "merge": "mean"}
+    rows: list[Callable[[Bench], Row]] = [
+        pretrained,
+        individual,
+        lambda bench: static(bench, "average"),
+        lambda bench: static(bench, "task_arithmetic", scaling=settings.scaling),
+        lambda bench: tuned(bench, "task_arithmetic"),
+        lambda bench: static(bench, "ties", **ties),
+        lambda bench: tuned(bench, "ties"),
+    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "adamerging_task": {"granularity": "task"},
+        "adamerging_layer": {},
+        "adamerging_pp": {"trim": pp},
+        "adamerging_layer_kl": {"objective": "kl"},
+    }
+    default = ("adamerging_layer", "adamerging_layer_kl")
+    for protocol in ("strict", "paper") if full else ("strict",):
+        for method, options in kinds.items():
+            if full or method in default:
+                rows.append(
+                    lambda bench, m=method, o=options, p=protocol: learned(
+                        bench, m, protocol=p, **o
+                    )
+                )
+    return rows

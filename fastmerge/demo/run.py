@@ -1,0 +1,212 @@
+"""`fastmerge demo`: experts, merges, one table, plots and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import fastmerge as fm
+
+from .. import report
+from . import experts, rows, tasks
+from .data import Wheels
+from .model import head, load_encoder, load_tokenizer, merged_state
+from .settings import Settings
+
+LEARNED = ("adamerging_task", "adamerging_layer", "adamerging_pp", "adamerging_layer_kl")
+_REFERENCE = ("pretrained", "individual")
+
+
+def main(
+    out: Path = Path("demo-results"),
+    data: Path = Path(".demo"),
+    json_path: Path | None = None,
+    full: bool = False,
+    quick: bool = False,
+    seeds: int = 1,
+    seed: int = 0,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Run the demo: train or reuse experts, merge them in every way, print and plot the results.
+
+    Args:
+        out: folder for the plots.
+        data: folder with wheels/ (the pinned data); the unpacked model and the experts are kept
+            beside it.
+        json_path: file to write all rows to.
+        full: also task-wise and trimmed coefficients, and the paper's protocol.
+        quick: a small run that checks the whole path; its accuracies mean nothing.
+        seeds: how many seeds to run; more than one adds a table of mean and spread.
+        seed: the first seed; the main table and the plots are this seed's.
+        threads: CPU threads, or torch's default.
+
+    Returns:
+        The rows of the first seed, as in the JSON file's `rows`.
+
+    Raises:
+        DemoDataError: the data folder or a wheel is missing or not the pinned one.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    begun = time.perf_counter()
+    settings = Settings.quick() if quick else Settings()
+    console, log = Console(), Console(stderr=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with Wheels(data) as wheels:
+            runs = []
+            for number in range(seed, seed + seeds):
+                bench = prepare(wheels, settings, number, log)
+                runs.append(run_rows(bench, full, log))
+    finally:
+        torch.set_num_threads(before)
+    records = [[row.record for row in run] for run in runs]
+    notes = describe(records[0], settings)
+    console.print(report.accuracy_table(records[0], f"seed {seed}", notes))
+    summary = report.spread([record for run in records for record in run])
+    if seeds > 1:
+        console.print(report.spread_table(summary, f"seeds {seed} to {seed + seeds - 1}"))
+    files = plot(runs[0], settings, out)
+    if json_path is not None:
+        content = {
+            "rows": records[0],
+            "seeds": records,
+            "spread": summary,
+            "settings": vars(settings),
+            "versions": _versions(),
+            "seconds": time.perf_counter() - begun,
+        }
+        write_json(json_path, content)
+        files.append(json_path)
+    console.print(f"wrote {', '.join(str(file) for file in files)}", highlight=False)
+    console.print(f"{time.perf_counter() - begun:.0f} s in all", highlight=False)
+    return records[0]
+
+
+def prepare(wheels: Wheels, settings: Settings, seed: int, log: Console) -> rows.Bench:
+    """Load the encoder and the tasks, and get every expert from its file or from training."""
+    folder = wheels.model_folder()
+    tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
+    loaded = {name: tasks.load(name, wheels, tokenizer, settings, seed) for name in settings.tasks}
+    heads = {name: head(encoder, tokenizer, task.task, settings) for name, task in loaded.items()}
+    cache = wheels.folder / "cache" / experts.fingerprint(encoder, loaded, settings, seed)
+    states = {}
+    begun = time.perf_counter()
+    with _progress(log, "experts", len(loaded) * settings.expert_steps) as advance:
+        for name, task in loaded.items():
+            expert = experts.obtain(encoder, task, heads[name], settings, seed, cache, advance)
+            states[name] = expert.state
+            if expert.reused:
+                advance(settings.expert_steps)
+    log.print(f"{len(states)} experts, seed {seed}: {time.perf_counter() - begun:.1f} s")
+    return rows.Bench(encoder, merged_state(encoder), states, heads, loaded, settings, seed)
+
+
+def run_rows(bench: rows.Bench, full: bool, log: Console) -> list[rows.Row]:
+    """Every row of one seed, reported on `log` as it is finished."""
+    finished = []
+    for make in rows.plan(bench.settings, full):
+        row = make(bench)
+        record = row.record
+        log.print(
+            f"{report.label(record)}, {record['protocol']}: {record['average']:.1f} %, "
+            f"{record['seconds']:.1f} s",
+            highlight=False,
+        )
+        for message in record.get("warnings", ()):
+            log.print(f"  warning: {message}", style="yellow", highlight=False)
+        finished.append(row)
+    return finished
+
+
+def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[str]:
+    """The lines below the table: how rows came about, and what they show."""
+    best_learned = _best(records, LEARNED)
+    best_static = _best(records, {record["method"] for record in records} - {*LEARNED, *_REFERENCE})
+    lines = [
+        f"{settings.test_rows} scored rows a task; a single seed's averages move by about ±1.",
+        f"strict: adapted on {settings.adapt_rows} other unlabelled rows a task; paper: on the "
+        "scored rows, without labels.",
+        f"tuned: λ with the lowest {settings.tune_objective.upper()} objective on "
+        f"{settings.tune_rows} of the same adapt rows a task.",
+        "seconds: merging or learning, scoring left out; peak: the whole process meanwhile.",
+        f"best learned {best_learned['average']:.1f} ({report.label(best_learned)}), best static "
+        f"{best_static['average']:.1f} ({report.label(best_static)}).",
+    ]
+    collapsed = [record for record in records if "warnings" in record]
+    lines += [
+        f"{report.label(record)}: predictions collapsed on a task, see the warning above."
+        for record in collapsed
+    ]
+    return lines
+
+
+def plot(run: Sequence[rows.Row], settings: Settings, out: Path) -> list[Path]:
+    """Write the bar chart, the learning curves, and a heat map for each layer-wise learned row."""
+    strict = [row for row in run if row.record["protocol"] == "strict"]
+    curves = [row.curve for row in strict if row.curve is not None]
+    files = [
+        report.bar_chart(
+            [row.record for row in strict], out / "accuracies.png", "accuracy on held-out rows"
+        ),
+        report.learning_curves(
+            curves,
+            out / "curves.png",
+            f"learning on unlabelled rows; accuracy on {settings.curve_rows} scored rows a task, "
+            "for display only",
+        ),
+    ]
+    for row in strict:
+        if row.coefficients is not None and row.record["method"] != "adamerging_task":
+            matrix, names = row.coefficients
+            method = row.record["method"]
+            title = f"{report.LABELS[method]}: coefficients of each tensor"
+            file = out / f"coefficients-{method}.png"
+            files.append(report.heat_map(matrix, names, settings.tasks, file, title))
+    return files
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _best(records: Sequence[Mapping[str, Any]], methods: Any) -> Mapping[str, Any]:
+    strict = [r for r in records if r["method"] in methods and r["protocol"] == "strict"]
+    return max(strict, key=lambda record: record["average"])
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "fastmerge": fm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@contextmanager
+def _progress(log: Console, what: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=log, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda steps=1: bar.advance(task, steps)

@@ -1,0 +1,338 @@
+"""Tables and plots of merging results: accuracies, coefficients, learning curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+LABELS = {
+    "pretrained": "pre-trained",
+    "individual": "individual experts",
+    "average": "average",
+    "task_arithmetic": "task arithmetic",
+    "task_arithmetic_tuned": "task arithmetic, tuned",
+    "ties": "TIES",
+    "ties_tuned": "TIES, tuned",
+    "adamerging_task": "AdaMerging task-wise",
+    "adamerging_layer": "AdaMerging layer-wise",
+    "adamerging_pp": "AdaMerging++ layer-wise",
+    "adamerging_layer_kl": "layer-wise, KL to expert",
+}
+_TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_STATIC = ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f")
+_LEARNED = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one learning run recorded.
+
+    Attributes:
+        title: name of the run.
+        entropy: {task: mean prediction entropy of each step}, in nats.
+        accuracy: (step, {task: percent}) of each evaluation.
+    """
+
+    title: str
+    entropy: Mapping[str, Sequence[float]]
+    accuracy: Sequence[tuple[int, Mapping[str, float]]]
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A row's readable name, with its scaling where the method has one."""
+    name = LABELS.get(row["method"], row["method"])
+    return f"{name} (λ {row['scaling']:g})" if "scaling" in row else name
+
+
+def accuracy_table(
+    rows: Sequence[Mapping[str, Any]], title: str = "", notes: Sequence[str] = ()
+) -> Any:
+    """A `rich` table: one line a row, accuracy in percent per task and average, cost.
+
+    Args:
+        rows: dicts with method, protocol, accuracy {task: percent}, average, seconds, peak_mib.
+        title: shown above.
+        notes: lines shown below.
+    """
+    from rich import box
+    from rich.table import Table
+
+    protocols = len({row["protocol"] for row in rows}) > 1
+    caption = "\n".join(notes) or None
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("accuracy, %", no_wrap=True)
+    if protocols:
+        table.add_column("protocol")
+    tasks = list(rows[0]["accuracy"])
+    for name in (*tasks, "average", "seconds", "peak MiB"):
+        table.add_column(name, justify="right", style="bold" if name == "average" else None)
+    for row in rows:
+        table.add_row(
+            label(row),
+            *([row["protocol"]] if protocols else []),
+            *(f"{row['accuracy'][task]:.1f}" for task in tasks),
+            f"{row['average']:.1f}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_mib']:.0f}",
+        )
+    return table
+
+
+def spread(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread of each method's average accuracy over seeds.
+
+    Args:
+        rows: rows of several seeds.
+
+    Returns:
+        One dict a (method, protocol): mean, spread (sample standard deviation, 0 for one seed),
+        lowest and highest, all in percent, and the number of seeds.
+    """
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["protocol"]), []).append(row["average"])
+    return [
+        {
+            "method": method,
+            "protocol": protocol,
+            "mean": statistics.fmean(values),
+            "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "lowest": min(values),
+            "highest": max(values),
+            "seeds": len(values),
+        }
+        for (method, protocol), values in groups.items()
+    ]
+
+
+def spread_table(summary: Sequence[Mapping[str, Any]], title: str = "") -> Any:
+    """A `rich` table of what `spread` returns."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("average accuracy, %", no_wrap=True)
+    table.add_column("protocol")
+    for name in ("mean", "± spread", "lowest", "highest", "seeds"):
+        table.add_column(name, justify="right")
+    for line in summary:
+        values = (f"{line[key]:.1f}" for key in ("mean", "spread", "lowest", "highest"))
+        table.add_row(label(line), line["protocol"], *values, str(line["seeds"]))
+    return table
+
+
+def heat_map(
+    matrix: Tensor,
+    names: Sequence[str],
+    experts: Sequence[str],
+    path: str | Path,
+    title: str = "merge coefficients",
+) -> Path:
+    """Coefficients as one panel an expert: kinds of tensors down, numbered blocks across.
+
+    Args:
+        matrix: coefficients [L, K].
+        names: names of the L tensors.
+        experts: names of the K experts.
+        path: PNG file to write.
+        title: shown above.
+
+    Raises:
+        ValueError: the matrix is not [L, K].
+        RuntimeError: matplotlib is not installed.
+    """
+    if list(matrix.shape) != [len(names), len(experts)]:
+        raise ValueError(
+            f"matrix has shape {list(matrix.shape)}, expected [{len(names)}, {len(experts)}]"
+        )
+    values = matrix.detach().double().cpu().numpy()
+    places = [_kind_and_block(name) for name in names]
+    kinds = list(dict.fromkeys(kind for kind, _ in places))
+    blocks = sorted({block for _, block in places})
+    grid = _empty_grid(len(experts), len(kinds), len(blocks))
+    for row, (kind, block) in enumerate(places):
+        grid[:, kinds.index(kind), blocks.index(block)] = values[row]
+    limit = max(float(abs(values).max()), 1e-6)
+    scale = (
+        {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+        if values.min() < 0
+        else {"cmap": "viridis", "vmin": 0.0, "vmax": limit}
+    )
+    pyplot = _pyplot()
+    panel = max(1.5, 0.24 * len(blocks))
+    figure, axes = pyplot.subplots(
+        1,
+        len(experts),
+        figsize=(3.2 + (panel + 0.12) * len(experts), 1.3 + 0.23 * len(kinds)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, expert, cells, mean in zip(axes[0], experts, grid, values.mean(0), strict=True):
+        image = axis.imshow(cells, aspect="auto", interpolation="nearest", **scale)
+        axis.set_title(f"{expert}\nmean {mean:.2f}", fontsize=9)
+        axis.set_xticks(range(len(blocks)), [str(b) if b >= 0 else "-" for b in blocks], fontsize=7)
+        axis.tick_params(length=0)
+    axes[0][0].set_yticks(range(len(kinds)), kinds, fontsize=7)
+    figure.supxlabel("block", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=axes[0], label="coefficient λ", pad=0.01)
+    return _save(figure, path)
+
+
+def learning_curves(curves: Sequence[Curve], path: str | Path, title: str = "") -> Path:
+    """Prediction entropy and accuracy over steps, one line of panels a run.
+
+    Args:
+        curves: the runs.
+        path: PNG file to write.
+        title: shown above.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        len(curves),
+        2,
+        figsize=(10, 0.8 + 3.2 * len(curves)),
+        sharex=True,
+        sharey="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (left, right), curve in zip(axes, curves, strict=True):
+        colors = _colors(curve.entropy)
+        for task, values in curve.entropy.items():
+            steps = range(1, len(values) + 1)
+            left.plot(steps, _smooth(values), color=colors[task], linewidth=1.4, label=task)
+        steps = [step for step, _ in curve.accuracy]
+        for task in curve.entropy:
+            percent = [result[task] for _, result in curve.accuracy]
+            right.plot(steps, percent, color=colors[task], linewidth=1.2, marker="o", markersize=3)
+        means = [statistics.fmean(result.values()) for _, result in curve.accuracy]
+        right.plot(steps, means, color="black", linewidth=2.4, marker="o", label="average")
+        for step, mean in ((steps[0], means[0]), (steps[-1], means[-1])):
+            right.annotate(f"{mean:.1f}", (step, mean), (0, -13), textcoords="offset points",
+                           ha="center", fontsize=8, fontweight="bold")  # fmt: skip
+        left.set_title(f"{curve.title}: prediction entropy", fontsize=10)
+        right.set_title(f"{curve.title}: accuracy", fontsize=10)
+        left.set_ylabel("nats, mean of the last 10 steps", fontsize=8)
+        right.set_ylabel("% of display rows", fontsize=8)
+        for axis in (left, right):
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    left.set_ylim(bottom=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    handles = axes[0][0].get_legend_handles_labels()
+    average = axes[0][1].get_legend_handles_labels()
+    figure.legend(
+        *(a + b for a, b in zip(handles, average, strict=True)),
+        loc="outside right center",
+        fontsize=8,
+        frameon=False,
+    )
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def bar_chart(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
+    """Accuracies as bars: one group a task, the average last; static grey, learned blue.
+
+    Args:
+        rows: rows as for `accuracy_table`.
+        path: PNG file to write.
+        title: shown above.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    groups = [*rows[0]["accuracy"], "average"]
+    colors = _bar_colors(rows)
+    figure, axis = pyplot.subplots(figsize=(12, 4.6), layout="constrained")
+    width = 0.84 / len(rows)
+    for index, (row, color) in enumerate(zip(rows, colors, strict=True)):
+        heights = [*row["accuracy"].values(), row["average"]]
+        places = [group + (index - (len(rows) - 1) / 2) * width for group in range(len(groups))]
+        axis.bar(places, heights, width, color=color, label=label(row))
+        axis.text(places[-1], heights[-1] + 0.8, f"{heights[-1]:.1f}", rotation=90,
+                  ha="center", va="bottom", fontsize=7)  # fmt: skip
+    axis.axvspan(len(groups) - 1.5, len(groups) - 0.5, color="#f3efe0", zorder=0)
+    axis.set_xlim(-0.5, len(groups) - 0.5)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set_ylim(0, 108)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylabel("accuracy, %")
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    if title:
+        axis.set_title(title, fontsize=11)
+    return _save(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("plots need matplotlib: pip install 'fastmerge[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
+    return path
+
+
+def _empty_grid(*shape: int) -> Any:
+    import numpy
+
+    return numpy.full(shape, numpy.nan)
+
+
+def _kind_and_block(name: str) -> tuple[str, int]:
+    """A tensor name without its first number, and that number; -1 where there is none."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return name, -1
+    return ".".join(parts[at + 1 :]) or ".".join(parts[:at]), int(parts[at])
+
+
+def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
+    """Mean of each value and up to `window` - 1 before it."""
+    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+def _colors(tasks: Mapping[str, Any]) -> dict[str, str]:
+    return {task: _TASK_COLORS[i % len(_TASK_COLORS)] for i, task in enumerate(tasks)}
+
+
+def _bar_colors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    colors = {"pretrained": "#f2d9a6", "individual": "#c9a227"}
+    counts = {"static": 0, "learned": 0}
+    out = []
+    for row in rows:
+        if row["method"] in colors:
+            out.append(colors[row["method"]])
+            continue
+        kind = "learned" if "adamerging" in row["method"] else "static"
+        palette = _LEARNED if kind == "learned" else _STATIC
+        out.append(palette[counts[kind] % len(palette)])
+        counts[kind] += 1
+    return out
