@@ -126,6 +126,27 @@ def spread_table(summary: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     return table
 
 
+def coefficient_grid(values: Any, names: Sequence[str]) -> tuple[Any, list[str], list[int]]:
+    """Coefficients arranged by kind of tensor and numbered block.
+
+    Args:
+        values: array [L, K].
+        names: names of the L tensors; the first number in a name is its block.
+
+    Returns:
+        (array [K, kinds, blocks], NaN where no tensor is; kinds; blocks, -1 for no number).
+    """
+    import numpy
+
+    places = [_kind_and_block(name) for name in names]
+    kinds = list(dict.fromkeys(kind for kind, _ in places))
+    blocks = sorted({block for _, block in places})
+    grid = numpy.full((values.shape[1], len(kinds), len(blocks)), numpy.nan)
+    for row, (kind, block) in zip(values, places, strict=True):
+        grid[:, kinds.index(kind), blocks.index(block)] = row
+    return grid, kinds, blocks
+
+
 def heat_map(
     matrix: Tensor,
     names: Sequence[str],
@@ -151,12 +172,7 @@ def heat_map(
             f"matrix has shape {list(matrix.shape)}, expected [{len(names)}, {len(experts)}]"
         )
     values = matrix.detach().double().cpu().numpy()
-    places = [_kind_and_block(name) for name in names]
-    kinds = list(dict.fromkeys(kind for kind, _ in places))
-    blocks = sorted({block for _, block in places})
-    grid = _empty_grid(len(experts), len(kinds), len(blocks))
-    for row, (kind, block) in enumerate(places):
-        grid[:, kinds.index(kind), blocks.index(block)] = values[row]
+    grid, kinds, blocks = coefficient_grid(values, names)
     limit = max(float(abs(values).max()), 1e-6)
     scale = (
         {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
@@ -297,12 +313,6 @@ def _save(figure: Any, path: str | Path) -> Path:
     figure.savefig(path, dpi=150)
     _pyplot().close(figure)
     return path
-
-
-def _empty_grid(*shape: int) -> Any:
-    import numpy
-
-    return numpy.full(shape, numpy.nan)
 
 
 def _kind_and_block(name: str) -> tuple[str, int]:
