@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # A build front end does not put the project's own folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tools import native_build
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from tools import native_build  # noqa: E402  (found only through the line above)
+
+TAG = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 PARTS: dict[str, tuple[str, Callable[[Path, Path], dict[str, object]]]] = {
     "fastmerge._cpu": ("FASTMERGE_NATIVE", native_build.build_cpu),
@@ -36,8 +40,7 @@ class BuildNative(build_ext):
         super().run()
         native_build.write_build_info(Path(self._info_path()), self.parts)
         if self.inplace or self.editable_mode:
-            here = Path(__file__).resolve().parent / "fastmerge" / "_build_info.json"
-            native_build.write_build_info(here, self.parts)
+            native_build.write_build_info(HERE / "fastmerge" / "_build_info.json", self.parts)
         for name, part in self.parts.items():
             state = "built" if part["built"] else f"not built: {part['reason']}"
             print(f"{name}: {state}", flush=True)
@@ -46,9 +49,10 @@ class BuildNative(build_ext):
         variable, build = PARTS[ext.name]
         wanted = switch(variable)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / ext.name.removeprefix("fastmerge.")
+        # Not build_temp, which is a fresh folder in an editable install: ninja keeps its objects.
+        build_dir = HERE / "build" / f"native-{TAG}" / ext.name.removeprefix("fastmerge.")
         # A module of an earlier build must not survive a build that leaves it out.
-        source_copy = Path(__file__).resolve().parent / "fastmerge" / output.name
+        source_copy = HERE / "fastmerge" / output.name
         try:
             if wanted == "0":
                 raise native_build.BuildFailure(f"left out by {variable}=0")

@@ -1,7 +1,7 @@
 // Counts of the high or the low bits of |tau|, from which the exact k-th magnitude is read.
 //
 // Contiguous tensors; counts is added to. Integers only after the subtraction, so every order of
-// counting gives the same result. NaN lands in the bins above infinity's.
+// counting gives the same result. Every NaN is counted as the quiet NaN, above infinity.
 #include <omp.h>
 
 #include "combine.h"
@@ -36,12 +36,12 @@ void count_range(const Source& s, uint32_t prefix, int64_t* counts, int64_t begi
   for (; i + kLanes <= end; i += kLanes) {
     F32 base = kExperts ? load_base(s, i) : zeros();
     F32 tau = load_tau<kDtype, kExperts>(s, 0, i, base);
-    count_vector<kLevel>(absolute(tau), kLanes, prefix, counts);
+    count_vector<kLevel>(absolute(canonical_nan(tau)), kLanes, prefix, counts);
   }
   if (i < end) {
     F32 base = kExperts ? load_base_first(s, i, end - i) : zeros();
     F32 tau = load_tau_first<kDtype, kExperts>(s, 0, i, end - i, base);
-    count_vector<kLevel>(absolute(tau), uint32_t(end - i), prefix, counts);
+    count_vector<kLevel>(absolute(canonical_nan(tau)), uint32_t(end - i), prefix, counts);
   }
 }
 

@@ -174,6 +174,11 @@ FASTMERGE_INLINE PartF canonical_nan(PartF x) {
   return x == x ? x : (PartF)(PartU{} + 0x7fc00000u);
 }
 
+FASTMERGE_INLINE F32 canonical_nan(F32 x) {
+  FASTMERGE_PARTS x.part[j] = canonical_nan(x.part[j]);
+  return x;
+}
+
 template <int kDtype>
 FASTMERGE_INLINE F32 load(const void* data, int64_t i) {
   const char* p = static_cast<const char*>(data) + i * item_size(kDtype);
