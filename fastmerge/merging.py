@@ -1,0 +1,289 @@
+"""`merge`: models in, a merged model out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checking import (
+    Patterns,
+    check_models,
+    check_plain,
+    is_selected,
+    matches,
+    read_experts,
+    read_tensors,
+    running_statistics,
+    select_names,
+    tied_names,
+)
+from .coefficients import Coefficients, load_coefficients
+from .merged_weight import MergedWeight
+from .methods import Block, Method, Weighted, make_method, run_passes
+from .ops._library import accumulate_dtype
+
+
+def merge(
+    base: nn.Module | Mapping[str, Tensor],
+    experts: Any,
+    method: str | Method | None = None,
+    coefficients: Coefficients | Tensor | str | Path | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    allow_nonfinite: bool = False,
+    progress: bool = False,
+    **params: Any,
+) -> nn.Module | dict[str, Tensor]:
+    """Merge experts that were fine-tuned from one base model.
+
+    Merged are the floating-point parameters: of a module its parameters, of a state dict all
+    floating-point tensors. Running means and variances of normalization layers become the mean of
+    the experts'. Everything else is the base's: integer and bool tensors, other buffers of a
+    module, excluded tensors. Tensors that are tied in the base are computed once and stay tied.
+    Everything is checked before anything is computed, and the result shares no memory with the
+    inputs.
+
+    Args:
+        base: module or state dict.
+        experts: K models like base, as a list or {name: expert}: modules or state dicts, in any
+            floating-point dtype. They may lack, or differ in, tensors that are not merged.
+        method: a name from `fastmerge.methods.METHODS`, or a `Method`. Either this or
+            coefficients.
+        coefficients: theta = theta_0 + sum_k lambda_k tau_k with learned or given lambda: a
+            `Coefficients` module or the path of its file, which also choose the tensors to be
+            merged; or a tensor, [K] or [L, K] with one row per merged tensor in the base's order,
+            tied tensors once.
+        names: names of the L tensors that the rows of a [L, K] tensor belong to; these are merged.
+        include, exclude: which tensors are merged: glob patterns, or a function of the name.
+        allow_nonfinite: accept NaN and Inf in base and experts.
+        progress: show a progress bar.
+        params: the method's parameters, for example density=0.2.
+
+    Returns:
+        A module if base is one (a deep copy with merged weights), else a state dict. Each tensor
+        has the base's dtype.
+
+    Raises:
+        ValueError: models that do not fit each other, coefficients that do not fit the models,
+            or a parameter out of range. Names the tensor and the expert.
+        TypeError: an unknown parameter, or an argument of the wrong kind.
+    """
+    if (method is None) == (coefficients is None):
+        raise ValueError("merge: give either method or coefficients")
+    if coefficients is not None and params:
+        raise TypeError(f"merge: coefficients take no parameter {next(iter(params))!r}")
+    if names is not None and not isinstance(coefficients, Tensor):
+        raise ValueError("merge: names belong to coefficients given as a [L, K] tensor")
+    if isinstance(method, str):
+        method = make_method(method, **params)
+    elif params:
+        raise TypeError(f"merge: a Method object takes no parameter {next(iter(params))!r}")
+    if isinstance(coefficients, (str, Path)):
+        coefficients = load_coefficients(coefficients)
+    if isinstance(coefficients, Coefficients):
+        names = coefficients.names
+
+    if isinstance(base, nn.Module):
+        _refuse_attached(base)
+    originals = read_tensors(base, "base")
+    models = read_experts(experts)
+    tied = tied_names(originals)
+    others = {n for tensors in (originals, *models.values()) for n in tensors}
+    for name, tensor in originals.items():
+        if is_selected(name, include, exclude):
+            check_plain("base", name, tensor)
+    chosen = select_names(
+        _candidates(base, originals, tied, names), include, exclude, others=others
+    )
+    averaged = [
+        name
+        for name in running_statistics(originals)
+        if tied[name] == name and not matches(name, exclude)
+    ]
+    checked = {name: originals[name] for name in (*chosen, *averaged)}
+    not_merged = {name for name in others if not is_selected(name, include, exclude)}
+    expert_names, tensors = check_models(
+        checked, models, known=not_merged.union(tied), tied=tied, allow_nonfinite=allow_nonfinite
+    )
+    bases = {name: originals[name] for name in chosen}
+    if coefficients is not None:
+        if isinstance(coefficients, Coefficients):
+            _check_shapes(coefficients, originals)
+            coefficients = _in_order(coefficients, expert_names, isinstance(experts, Mapping))
+        rows = None if names is None else [tied[name] for name in names]
+        method = Weighted(_rows(coefficients, rows, chosen, len(expert_names)))
+    method.check(chosen, expert_names)
+
+    result = _Result(base, originals, tied)
+    for name in averaged:
+        result.put(name, _mean(tensors[name]))
+    with torch.no_grad():
+        for name, merged in _merged(method, bases, tensors, progress):
+            result.put(name, merged)
+    return result.finished()
+
+
+def _refuse_attached(base: nn.Module) -> None:
+    for name, parameter in base.named_parameters():
+        if isinstance(parameter, MergedWeight):
+            raise ValueError(
+                f"base: parameter {name!r} is a merged weight already; call fastmerge.detach or "
+                "fastmerge.materialize first"
+            )
+
+
+def _candidates(
+    base: nn.Module | Mapping[str, Tensor],
+    originals: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    rows: Sequence[str] | None,
+) -> list[str]:
+    """First names of the tensors that can be merged, those of `rows` if given, in base's order."""
+    excepted = set(running_statistics(originals))
+    if isinstance(base, nn.Module):
+        parameters = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+        excepted |= set(originals) - parameters
+    candidates = [
+        name
+        for name, tensor in originals.items()
+        if name not in excepted
+        and tied[name] == name
+        and (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    if rows is None:
+        return candidates
+    first = [tied.get(name, name) for name in rows]
+    unknown = [
+        name for name, found in zip(rows, first, strict=True) if found not in set(candidates)
+    ]
+    if unknown:
+        raise ValueError(
+            f"coefficients: a row belongs to {unknown[0]!r}, which is no floating-point parameter "
+            f"of base ({len(unknown)} such of {len(rows)} rows)"
+        )
+    twice = [name for name, found in zip(rows, first, strict=True) if first.count(found) > 1]
+    if twice:
+        raise ValueError(f"coefficients: two rows for one tensor of base: {', '.join(twice)}")
+    return [name for name in candidates if name in set(first)]
+
+
+def _check_shapes(coefficients: Coefficients, originals: Mapping[str, Tensor]) -> None:
+    for name, shape in zip(coefficients.names, coefficients.shapes or (), strict=False):
+        if list(originals[name].shape) != list(shape):
+            raise ValueError(
+                f"coefficients of another model: tensor {name!r} has shape {list(shape)} there, "
+                f"{list(originals[name].shape)} in base"
+            )
+
+
+def _in_order(coefficients: Coefficients, experts: list[str], named: bool) -> Tensor:
+    """[L, K] with columns in the order of the experts, matched by name where both have names."""
+    matrix, theirs = coefficients.matrix(), coefficients.experts
+    unnamed = theirs == [f"expert{k}" for k in range(len(theirs))]
+    if len(theirs) != len(experts) or not named or unnamed:
+        return matrix
+    if set(theirs) != set(experts):
+        raise ValueError(f"coefficients are for experts {theirs}, got {experts}")
+    return matrix[:, [theirs.index(name) for name in experts]]
+
+
+def _rows(
+    matrix: Any, names: Sequence[str] | None, chosen: list[str], count: int
+) -> dict[str, Tensor]:
+    """Coefficients [K] of each chosen tensor.
+
+    `names` are the tensors that the rows of `matrix` belong to, by default the chosen ones.
+    """
+    if not isinstance(matrix, Tensor):
+        raise TypeError(
+            "coefficients: expected a tensor, Coefficients or a file's path, "
+            f"got {type(matrix).__name__}"
+        )
+    names = chosen if names is None else names
+    if list(matrix.shape) not in ([count], [len(names), count]):
+        raise ValueError(
+            f"coefficients have shape {list(matrix.shape)}, expected [{count}] or "
+            f"[{len(names)}, {count}]: {len(names)} tensors, {count} experts"
+        )
+    if not matrix.is_floating_point() or not torch.isfinite(matrix).all():
+        raise ValueError("coefficients must be finite floating-point numbers")
+    rows = dict(zip(names, matrix.detach().expand(len(names), count).unbind(), strict=True))
+    return {name: rows[name] for name in chosen}
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    accumulate = accumulate_dtype(tensors[0])
+    return torch.stack([t.to(accumulate) for t in tensors]).mean(0)
+
+
+def _merged(
+    method: Method,
+    bases: Mapping[str, Tensor],
+    tensors: Mapping[str, list[Tensor]],
+    progress: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Run a method's passes, then combine tensor after tensor."""
+
+    def blocks(doing: str = "measuring") -> Iterator[Block]:
+        for name in _track(bases, doing, progress):
+            yield Block(name, bases[name], tensors[name])
+
+    everything = (*bases.values(), *(t for name in bases for t in tensors[name]))
+    stats = run_passes(method.passes(accumulate_dtype(*everything)), blocks)
+    for block in blocks("merging"):
+        yield block.name, method.combine(block, stats.of(block.name))
+
+
+def _track(names: Mapping[str, Any], doing: str, progress: bool) -> Iterable[str]:
+    if not progress:
+        return names
+    from rich.progress import track  # here, so that importing fastmerge stays cheap
+
+    return track(names, description=doing)
+
+
+class _Result:
+    """The merged model under construction: a copy of the base that merged tensors are put into.
+
+    Args:
+        base: the model whose kind the result has.
+        originals: its tensors.
+        tied: first name of every tensor's memory.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module | Mapping[str, Tensor],
+        originals: Mapping[str, Tensor],
+        tied: Mapping[str, str],
+    ):
+        self.base, self.originals, self.tied = base, originals, tied
+        self.module = copy.deepcopy(base) if isinstance(base, nn.Module) else None
+        self.slots = dict(self.module.state_dict()) if self.module is not None else {}
+        self.computed: dict[str, Tensor] = {}
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Give a tensor, and those tied to it, its merged values."""
+        if self.module is not None:
+            self.slots[name].copy_(values)
+        else:
+            self.computed[name] = values.to(self.originals[name].dtype)
+
+    def finished(self) -> nn.Module | dict[str, Tensor]:
+        """The merged model."""
+        if self.module is not None:
+            return self.module
+        result = copy.copy(self.base) if isinstance(self.base, dict) else {}
+        for name, original in self.originals.items():
+            first = self.tied[name]
+            if first not in self.computed:
+                self.computed[first] = original.clone()
+            result[name] = self.computed[first]
+        return result

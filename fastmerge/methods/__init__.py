@@ -1,0 +1,54 @@
+"""The merging methods, one file each, and their registry."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ._method import Block, Method, Parameter, Pass, Statistics, run_passes
+from .average import Average
+from .task_arithmetic import TaskArithmetic
+from .ties import Ties
+from .weighted import Weighted
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Average, TaskArithmetic, Ties)
+}
+
+__all__ = [
+    "METHODS",
+    "Average",
+    "Block",
+    "Method",
+    "Parameter",
+    "Pass",
+    "Statistics",
+    "TaskArithmetic",
+    "Ties",
+    "Weighted",
+    "make_method",
+    "run_passes",
+]
+
+
+def make_method(name: str, **parameters: Any) -> Method:
+    """A method by its name in the registry.
+
+    Args:
+        name: "average", "task_arithmetic" or "ties".
+        parameters: the method's parameters, its defaults for the others.
+
+    Raises:
+        ValueError: unknown method, or a parameter value out of range.
+        TypeError: the method has no such parameter.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}, expected one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    known = [parameter.name for parameter in method.parameters]
+    for given in parameters:
+        if given not in known:
+            near = difflib.get_close_matches(given, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise TypeError(f"method {name!r} has no parameter {given!r}: {hint}")
+    return method(**parameters)

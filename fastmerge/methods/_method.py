@@ -1,0 +1,138 @@
+"""What a merging method is: declared measure passes over blocks of named tensors, then combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Stats = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of rows of one named tensor, or all of it: what a method sees at a time.
+
+    Attributes:
+        name: the tensor's name.
+        base: [rows, ...] base model's rows.
+        experts: K tensors like base, of one dtype.
+        offset: index of the block's first entry in the flattened tensor.
+    """
+
+    name: str
+    base: Tensor
+    experts: Sequence[Tensor]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One reading of all blocks that measures a statistic.
+
+    Attributes:
+        name: key of the finished statistic in `stats`.
+        scope: "tensor" gives every tensor a statistic of its own, "model" one for all of them.
+        measure: (block, stats of the passes before) -> tensor of a fixed shape.
+        reducer: how measurements of blocks, tensors and ranks add up.
+        finish: (reduced tensor, stats of the passes before) -> statistic.
+    """
+
+    name: str
+    scope: Literal["tensor", "model"]
+    measure: Callable[[Block, Stats], Tensor]
+    reducer: Literal["sum", "max"] = "sum"
+    finish: Callable[[Tensor, Stats], Any] = lambda reduced, stats: reduced
+
+    def reduce(self, total: Tensor | None, value: Tensor) -> Tensor:
+        """The total with one more block's measurement."""
+        if total is None:
+            return value
+        return total + value if self.reducer == "sum" else torch.maximum(total, value)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as `fastmerge methods` lists it."""
+
+    name: str
+    default: Any
+    doc: str
+
+
+class Method:
+    """Base of the merging methods; a subclass sets the class attributes and `combine`.
+
+    Attributes:
+        name: name in the registry.
+        summary: one line for listings.
+        source: the paper.
+        parameters: names, defaults and meaning; the constructor takes them as keywords.
+        whole_tensor: True if blocks must be whole tensors.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    parameters: ClassVar[tuple[Parameter, ...]] = ()
+    whole_tensor: ClassVar[bool] = False
+
+    def check(self, names: Sequence[str], experts: Sequence[str]) -> None:
+        """Raise ValueError if the parameters do not fit these tensors and experts."""
+
+    def passes(self, dtype: torch.dtype) -> list[Pass]:
+        """Measure passes, in order.
+
+        Args:
+            dtype: fp32, or fp64 if a tensor of the model is fp64: the dtype of the arithmetic.
+        """
+        return []
+
+    def combine(self, block: Block, stats: Stats) -> Tensor:
+        """The merged block, in base's dtype, given the finished statistics of its tensor."""
+        raise NotImplementedError
+
+
+@dataclass
+class Statistics:
+    """Finished statistics of a model's tensors."""
+
+    model: Stats = field(default_factory=dict)
+    tensors: dict[str, Stats] = field(default_factory=dict)
+
+    def of(self, name: str) -> Stats:
+        """What `measure` and `combine` of a tensor's blocks are given."""
+        return {**self.model, **self.tensors.get(name, {})}
+
+
+def run_passes(passes: Sequence[Pass], blocks: Callable[[], Iterable[Block]]) -> Statistics:
+    """Run measure passes over all blocks.
+
+    Args:
+        passes: a method's passes.
+        blocks: gives all blocks anew for each pass, those of one tensor after each other.
+    """
+    stats = Statistics()
+    for step in passes:
+        total, current = None, None
+        for block in blocks():
+            if step.scope == "tensor" and block.name != current:
+                _finish(step, stats, current, total)
+                total = None
+            current = block.name
+            total = step.reduce(total, step.measure(block, stats.of(block.name)))
+        _finish(step, stats, current if step.scope == "tensor" else None, total)
+    return stats
+
+
+def _finish(step: Pass, stats: Statistics, name: str | None, total: Tensor | None) -> None:
+    if total is None:
+        return
+    if name is None:
+        stats.model[step.name] = step.finish(total, stats.model)
+    else:
+        before = stats.of(name)
+        stats.tensors.setdefault(name, {})[step.name] = step.finish(total, before)

@@ -1,0 +1,193 @@
+"""`magnitude_threshold`: the exact k-th largest magnitude, by histograms of the magnitudes' bits.
+
+Non-negative floats are ordered like the integers of their bits. A first histogram counts the high
+16 bits, the bin that holds the wanted rank is refined by the bits below, and so on: two reads for
+fp32, four for fp64. Counts add up over tensors, row blocks and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..backends import runs_native
+from ._library import (
+    accumulate_dtype,
+    as_task_vector,
+    check_float,
+    register,
+    register_no_gradient,
+)
+
+BINS = 1 << 16
+LEVEL_BITS = {torch.float32: (16, 15), torch.float64: (16, 16, 16, 15)}  # sign bit left out
+
+
+def magnitude_threshold(
+    deltas: Tensor | Sequence[Tensor],
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    base: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Magnitude at a given rank among all entries of one expert's task vector.
+
+    With D entries in all, `density` gives c = the k-th smallest |tau|, k = max(1, D - floor(D *
+    density)): entries with |tau| >= c are the ones TIES keeps, floor(D * density) + 1 of them when
+    magnitudes differ, and all that are equal to c.
+
+    Args:
+        deltas: tensor [*], or a list of tensors of one expert, fp32/fp16/bf16/fp64.
+        rank: position from the largest magnitude, 1 <= rank <= D. Either this or density.
+        density: fraction kept by trimming, 0 < density <= 1.
+        base: tensor or list like deltas; deltas are then the expert's weights, tau = delta - base.
+
+    Returns:
+        0-dim fp32 tensor (fp64 if a tensor is fp64). A NaN counts as larger than infinity, so the
+        result is NaN when NaN entries reach down to the rank. 0 when density is given and D = 0.
+
+    Raises:
+        ValueError: both or none of rank and density, or one out of range, or list lengths differ.
+        RuntimeError: shapes, dtypes or devices do not match; names the argument.
+
+    Source: TIES-Merging (arXiv 2306.01708), section 4, trim; the rank rule is its released code's.
+    """
+    tensors = [deltas] if isinstance(deltas, Tensor) else list(deltas)
+    bases = [base] if isinstance(base, Tensor) else [None] * len(tensors) if base is None else base
+    if not tensors:
+        raise ValueError("magnitude_threshold: deltas is an empty list")
+    if len(bases) != len(tensors):
+        raise ValueError(f"magnitude_threshold: {len(bases)} base tensors, {len(tensors)} deltas")
+    total = sum(t.numel() for t in tensors)
+    if (rank is None) == (density is None):
+        raise ValueError("magnitude_threshold: give either rank or density")
+    if rank is not None and not 1 <= rank <= total:
+        raise ValueError(f"magnitude_threshold: rank must be in 1..{total}, got {rank}")
+    position = rank_from_density(total, density) if rank is None else total - rank + 1
+    accumulate = accumulate_dtype(*tensors, *bases)
+    bits = 0
+    for level in range(len(LEVEL_BITS[accumulate])):
+        counts = sum(
+            torch.ops.fastmerge.magnitude_histogram(
+                t, b, level, bits, accumulate == torch.float64
+            ).to(tensors[0].device)
+            for t, b in zip(tensors, bases, strict=True)
+        )
+        bits, position = refine(counts, level, bits, position, accumulate)
+    return magnitude_of_bits(bits, accumulate, tensors[0].device)
+
+
+def rank_from_density(total: int, density: float) -> int:
+    """Position k, counted from the smallest of `total` magnitudes, of the TIES threshold.
+
+    k = max(1, D - floor(D * density)), the product in double precision.
+
+    Raises:
+        ValueError: density is not in (0, 1].
+    """
+    check_density(density)
+    return max(1, total - math.floor(total * density))
+
+
+def check_density(density: float) -> None:
+    """Raise ValueError unless 0 < density <= 1."""
+    if not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density must be a fraction with 0 < density <= 1, got {density!r}")
+
+
+def refine(
+    counts: Tensor, level: int, bits: int, position: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Descend one level: the bin that holds the position-th smallest magnitude.
+
+    Args:
+        counts: int64 [65536], the level's summed histogram.
+        level: the histogram's level.
+        bits: the high bits found so far, the prefix of that histogram.
+        position: position, from 1, among the magnitudes with this prefix.
+        dtype: fp32 or fp64, the dtype the magnitudes were counted in.
+
+    Returns:
+        The bits extended by the level's, and the position among the magnitudes with these; bits
+        of zero if nothing was counted.
+    """
+    reached = counts.cumsum(0)
+    if reached[-1] == 0:
+        return 0, position
+    chosen = int(torch.searchsorted(reached, position))
+    below = int(reached[chosen] - counts[chosen])
+    return bits << LEVEL_BITS[dtype][level] | chosen, position - below
+
+
+def magnitude_of_bits(bits: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """The non-negative number with these bits, as a 0-dim tensor of `dtype`."""
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    return torch.tensor([bits], dtype=integer, device=device).view(dtype)[0]
+
+
+def _check(delta, base=None, level=0, prefix=0, double=False):
+    op = "magnitude_histogram"
+    check_float(op, "delta", delta)
+    if base is not None:
+        check_float(op, "base", base)
+        torch._check(
+            base.shape == delta.shape and base.device == delta.device,
+            lambda: (
+                f"{op}: base is {list(base.shape)} on {base.device}, "
+                f"expected {list(delta.shape)} on {delta.device} as delta"
+            ),
+        )
+    torch._check(
+        double or accumulate_dtype(delta, base) == torch.float32,
+        lambda: f"{op}: double must be True for fp64 tensors",
+    )
+    levels = len(LEVEL_BITS[torch.float64 if double else torch.float32])
+    torch._check(0 <= level < levels, lambda: f"{op}: level {level}, expected 0..{levels - 1}")
+
+
+def _reference(delta, base=None, level=0, prefix=0, double=False):
+    """Counts of one group of bits of |tau|, among the entries whose higher bits are `prefix`."""
+    _check(delta, base, level, prefix, double)
+    dtype = torch.float64 if double else torch.float32
+    magnitude = as_task_vector(base, delta, base is not None, dtype).abs().flatten()
+    bits = magnitude.view(torch.int64 if double else torch.int32)
+    width = LEVEL_BITS[dtype][level]
+    shift = sum(LEVEL_BITS[dtype][level + 1 :])
+    if level > 0:
+        bits = bits[bits >> (shift + width) == prefix]
+    return torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=BINS)
+
+
+def _cpu(delta, base=None, level=0, prefix=0, double=False):
+    if double or not runs_native("magnitude_histogram", delta, base):
+        return _reference(delta, base, level, prefix, double)
+    _check(delta, base, level, prefix, double)
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    _native.magnitude_histogram(
+        None if base is None else base.contiguous(),
+        delta.contiguous(),
+        level,
+        prefix,
+        counts,
+        base is not None,
+    )
+    return counts
+
+
+def _fake(delta, base=None, level=0, prefix=0, double=False):
+    _check(delta, base, level, prefix, double)
+    return delta.new_empty(BINS, dtype=torch.int64)
+
+
+register(
+    "magnitude_histogram(Tensor delta, Tensor? base=None, int level=0, int prefix=0, "
+    "bool double=False) -> Tensor",
+    reference=_reference,
+    cpu=_cpu,
+    fake=_fake,
+)
+register_no_gradient("magnitude_histogram")
