@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..deltas import Experts
 from ..ops.magnitude_threshold import (
     LEVEL_BITS,
     check_density,
@@ -15,7 +16,7 @@ from ..ops.magnitude_threshold import (
     rank_from_density,
     refine,
 )
-from ..ops.ties import MERGES, majority_sign
+from ..ops.ties import MERGES, majority_sign, ties_merge
 from ._method import Block, Method, Parameter, Pass, Stats
 
 SCOPES = ("model", "tensor")
@@ -96,16 +97,14 @@ class Ties(Method):
         return torch.stack([magnitude_of_bits(bits, dtype) for bits, _ in found])
 
     def combine(self, block: Block, stats: Stats) -> Tensor:
-        return torch.ops.fastmerge.ties_merge(
-            list(block.experts),
-            stats["thresholds"].to(block.base.device),
-            block.base,
-            True,
-            True,
-            self.merge,
-            self.scaling,
-            stats["majority"],
-        )[0]
+        return ties_merge(
+            Experts(block.experts),
+            thresholds=stats["thresholds"].to(block.base.device),
+            base=block.base,
+            scaling=self.scaling,
+            merge=self.merge,
+            majority=stats["majority"],
+        )
 
 
 def _histograms(block: Block, stats: Stats, level: int, double: bool) -> Tensor:
@@ -119,7 +118,9 @@ def _histograms(block: Block, stats: Stats, level: int, double: bool) -> Tensor:
 
 def _election(block: Block, stats: Stats) -> Tensor:
     thresholds = stats["thresholds"].to(block.base.device)
-    _, election = torch.ops.fastmerge.ties_masks(list(block.experts), thresholds, block.base, True)
+    _, election = torch.ops.fastmerge.ties_masks(
+        list(block.experts), thresholds, block.base, True, 0
+    )
     return election.cpu()
 
 

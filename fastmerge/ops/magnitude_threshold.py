@@ -129,7 +129,7 @@ def magnitude_of_bits(bits: int, dtype: torch.dtype, device: torch.device | str 
     return torch.tensor([bits], dtype=integer, device=device).view(dtype)[0]
 
 
-def _check(delta, base=None, level=0, prefix=0, double=False):
+def _check(delta, base, level, prefix, double):
     op = "magnitude_histogram"
     check_float(op, "delta", delta)
     if base is not None:
@@ -149,7 +149,7 @@ def _check(delta, base=None, level=0, prefix=0, double=False):
     torch._check(0 <= level < levels, lambda: f"{op}: level {level}, expected 0..{levels - 1}")
 
 
-def _reference(delta, base=None, level=0, prefix=0, double=False):
+def _reference(delta, base, level, prefix, double):
     """Counts of one group of bits of |tau|, among the entries whose higher bits are `prefix`."""
     _check(delta, base, level, prefix, double)
     dtype = torch.float64 if double else torch.float32
@@ -162,7 +162,7 @@ def _reference(delta, base=None, level=0, prefix=0, double=False):
     return torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=BINS)
 
 
-def _cpu(delta, base=None, level=0, prefix=0, double=False):
+def _cpu(delta, base, level, prefix, double):
     if double or not runs_native("magnitude_histogram", delta, base):
         return _reference(delta, base, level, prefix, double)
     _check(delta, base, level, prefix, double)
@@ -178,14 +178,13 @@ def _cpu(delta, base=None, level=0, prefix=0, double=False):
     return counts
 
 
-def _fake(delta, base=None, level=0, prefix=0, double=False):
+def _fake(delta, base, level, prefix, double):
     _check(delta, base, level, prefix, double)
     return delta.new_empty(BINS, dtype=torch.int64)
 
 
 register(
-    "magnitude_histogram(Tensor delta, Tensor? base=None, int level=0, int prefix=0, "
-    "bool double=False) -> Tensor",
+    "magnitude_histogram(Tensor delta, Tensor? base, int level, int prefix, bool double) -> Tensor",
     reference=_reference,
     cpu=_cpu,
     fake=_fake,

@@ -30,7 +30,7 @@ def ties_merge(
     scaling: float = 1.0,
     merge: str = "mean",
     majority: int | None = None,
-    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """TIES-Merging of K task vectors: trim, elect a sign per entry, merge the entries that agree.
 
@@ -50,15 +50,15 @@ def ties_merge(
         merge: "mean" over the entries that agree, their "sum", or "max", the largest magnitude.
         majority: sign for entries whose kept values cancel exactly: -1, 0 (treated as negative)
             or 1. By default the sign of the sum of all elected signs.
-        dtype: dtype of the result, by default base's or the deltas'.
+        out: [*] tensor of any floating dtype to write to, which may not be base or a delta.
 
     Returns:
-        [*] merged weight, or merged task vector if base is None. A NaN is below every threshold
-        and is trimmed.
+        [*] merged weight in base's dtype, or merged task vector in the deltas' if base is None;
+        `out` if it was given. A NaN is below every threshold and is trimmed.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not match; names the argument.
-        ValueError: density out of range, or experts without their base.
+        ValueError: density out of range, experts without their base, or out is an input.
 
     Source: TIES-Merging (arXiv 2306.01708), algorithm 1. The paper's defaults are kept; later
     vision code bases use merge="sum" with scaling=0.3.
@@ -66,16 +66,21 @@ def ties_merge(
     tensors, experts = unpack_deltas(deltas)
     thresholds = _thresholds("ties_merge", tensors, experts, base, density, thresholds)
 
-    def run(sign: int) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastmerge.ties_merge(
-            tensors, thresholds, base, experts, base is not None, merge, scaling, sign, dtype
+    if out is None:
+        first = tensors[0] if base is None else base
+        out = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+    elif any(out is t for t in (base, *tensors)):
+        raise ValueError("ties_merge: out must not be base or a delta, which are read twice")
+
+    def run(sign: int) -> Tensor:
+        return torch.ops.fastmerge.ties_merge_out(
+            out, tensors, thresholds, base, experts, base is not None, merge, scaling, sign
         )
 
-    if majority is not None:
-        return run(majority)[0]
-    merged, election = run(0)
-    sign = majority_sign(election)
-    return run(sign)[0] if sign else merged
+    election = run(0 if majority is None else majority)
+    if majority is None and (sign := majority_sign(election)):
+        run(sign)
+    return out
 
 
 def ties_masks(
@@ -133,13 +138,13 @@ def majority_sign(election: Tensor) -> int:
 
 
 def _thresholds(op, tensors, experts, base, density, thresholds):
+    torch._check(len(tensors) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
     if experts and base is None:
         raise ValueError(f"{op}: deltas of format Experts need base")
     if thresholds is not None:
         return thresholds
     origin = base if experts else None
-    found = [magnitude_threshold(t, density=density, base=origin) for t in tensors]
-    return torch.stack(found) if found else torch.empty(0)
+    return torch.stack([magnitude_threshold(t, density=density, base=origin) for t in tensors])
 
 
 def _check(op, deltas, thresholds, base, experts, majority):
@@ -174,6 +179,17 @@ def _trimmed(deltas, thresholds, base, experts, accumulate):
         yield torch.where(tau.abs() >= threshold, tau, 0)
 
 
+def _check_out(out, deltas):
+    check_float("ties_merge", "out", out)
+    torch._check(
+        out.shape == deltas[0].shape and out.device == deltas[0].device,
+        lambda: (
+            f"ties_merge: out is {list(out.shape)} on {out.device}, "
+            f"expected {list(deltas[0].shape)} on {deltas[0].device}"
+        ),
+    )
+
+
 def _elect(rows, majority):
     """Elected sign of each entry, and the election's statistics (see `majority_sign`)."""
     total, any_kept = 0, False
@@ -186,18 +202,9 @@ def _elect(rows, majority):
     return torch.where(sign == 0, majority, sign), election
 
 
-def _merge_reference(
-    deltas,
-    thresholds,
-    base=None,
-    experts=False,
-    add_base=False,
-    merge="mean",
-    scaling=1.0,
-    majority=0,
-    dtype=None,
-):
+def _out_reference(out, deltas, thresholds, base, experts, add_base, merge, scaling, majority):
     _check_merge(deltas, thresholds, base, experts, add_base, merge, majority)
+    _check_out(out, deltas)
     accumulate = accumulate_dtype(deltas[0], base, thresholds)
     arguments = (deltas, thresholds, base, experts, accumulate)
     sign, election = _elect(_trimmed(*arguments), majority)
@@ -217,68 +224,47 @@ def _merge_reference(
     merged *= scaling
     if add_base:
         merged += base.to(accumulate)
-    return merged.to(dtype or (base if add_base else deltas[0]).dtype), election
+    out.copy_(merged)
+    return election
 
 
-def _merge_cpu(
-    deltas,
-    thresholds,
-    base=None,
-    experts=False,
-    add_base=False,
-    merge="mean",
-    scaling=1.0,
-    majority=0,
-    dtype=None,
-):
-    if not deltas or not runs_native("ties_merge", deltas[0], base, thresholds):
-        return _merge_reference(
-            deltas, thresholds, base, experts, add_base, merge, scaling, majority, dtype
+def _out_cpu(out, deltas, thresholds, base, experts, add_base, merge, scaling, majority):
+    if not deltas or not runs_native("ties_merge", deltas[0], base, thresholds, out):
+        return _out_reference(
+            out, deltas, thresholds, base, experts, add_base, merge, scaling, majority
         )
     _check_merge(deltas, thresholds, base, experts, add_base, merge, majority)
-    out = torch.empty(deltas[0].shape, dtype=dtype or (base if add_base else deltas[0]).dtype)
+    _check_out(out, deltas)
+    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
     election = _native.ties_merge(
         None if base is None else base.contiguous(),
         [d.contiguous() for d in deltas],
         thresholds.float().contiguous(),
-        out,
+        target,
         experts=experts,
         mode=MERGES.index(merge),
         scaling=scaling,
         majority=majority,
         add_base=add_base,
     )
-    return out, election
+    if target is not out:
+        out.copy_(target)
+    return election
 
 
-def _merge_fake(
-    deltas,
-    thresholds,
-    base=None,
-    experts=False,
-    add_base=False,
-    merge="mean",
-    scaling=1.0,
-    majority=0,
-    dtype=None,
-):
+def _out_fake(out, deltas, thresholds, base, experts, add_base, merge, scaling, majority):
     _check_merge(deltas, thresholds, base, experts, add_base, merge, majority)
-    first = deltas[0]
-    return (
-        first.new_empty(first.shape, dtype=dtype or (base if add_base else first).dtype),
-        first.new_empty(2, dtype=torch.int64),
-    )
+    _check_out(out, deltas)
+    return deltas[0].new_empty(2, dtype=torch.int64)
 
 
 register(
-    "ties_merge(Tensor[] deltas, Tensor thresholds, Tensor? base=None, bool experts=False, "
-    "bool add_base=False, str merge='mean', float scaling=1.0, int majority=0, "
-    "ScalarType? dtype=None) -> (Tensor, Tensor)",
-    reference=_merge_reference,
-    cpu=_merge_cpu,
-    fake=_merge_fake,
+    "ties_merge_out(Tensor(a!) out, Tensor[] deltas, Tensor thresholds, Tensor? base, "
+    "bool experts, bool add_base, str merge, float scaling, int majority) -> Tensor",
+    reference=_out_reference,
+    cpu=_out_cpu,
+    fake=_out_fake,
 )
-register_no_gradient("ties_merge")
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -288,7 +274,7 @@ def _pack_bits(mask: Tensor) -> Tensor:
     return (padded.view(-1, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
-def _masks_reference(deltas, thresholds, base=None, experts=False, majority=0):
+def _masks_reference(deltas, thresholds, base, experts, majority):
     _check("ties_masks", deltas, thresholds, base, experts, majority)
     accumulate = accumulate_dtype(deltas[0], base, thresholds)
     arguments = (deltas, thresholds, base, experts, accumulate)
@@ -297,7 +283,7 @@ def _masks_reference(deltas, thresholds, base=None, experts=False, majority=0):
     return torch.stack(rows), election
 
 
-def _masks_cpu(deltas, thresholds, base=None, experts=False, majority=0):
+def _masks_cpu(deltas, thresholds, base, experts, majority):
     if not deltas or not runs_native("ties_masks", deltas[0], base, thresholds):
         return _masks_reference(deltas, thresholds, base, experts, majority)
     _check("ties_masks", deltas, thresholds, base, experts, majority)
@@ -313,7 +299,7 @@ def _masks_cpu(deltas, thresholds, base=None, experts=False, majority=0):
     return masks, election
 
 
-def _masks_fake(deltas, thresholds, base=None, experts=False, majority=0):
+def _masks_fake(deltas, thresholds, base, experts, majority):
     _check("ties_masks", deltas, thresholds, base, experts, majority)
     return (
         deltas[0].new_empty((len(deltas), (deltas[0].numel() + 7) // 8), dtype=torch.uint8),
@@ -322,8 +308,8 @@ def _masks_fake(deltas, thresholds, base=None, experts=False, majority=0):
 
 
 register(
-    "ties_masks(Tensor[] deltas, Tensor thresholds, Tensor? base=None, bool experts=False, "
-    "int majority=0) -> (Tensor, Tensor)",
+    "ties_masks(Tensor[] deltas, Tensor thresholds, Tensor? base, bool experts, int majority) "
+    "-> (Tensor, Tensor)",
     reference=_masks_reference,
     cpu=_masks_cpu,
     fake=_masks_fake,
