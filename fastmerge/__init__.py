@@ -29,8 +29,8 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "CollapseWarning",
     "Coefficients",
+    "CollapseWarning",
     "Dense",
     "Experts",
     "History",

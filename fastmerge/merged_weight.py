@@ -61,9 +61,14 @@ class MergedWeight(torch.Tensor):
         """Its coefficients: [K], differentiable."""
         return self.coefficients.row(self.index)
 
+    def count(self, how: str) -> None:
+        """Note one computation for the coverage report; compiled graphs leave it out."""
+        if not torch.compiler.is_compiling():
+            self.uses[how] += 1
+
     def combined(self) -> Tensor:
         """A built copy of the whole weight, differentiable with respect to the coefficients."""
-        self.uses["built"] += 1
+        self.count("built")
         return ops.weighted_sum(self.base, self.deltas, self.row())
 
     def __repr__(self) -> str:
@@ -125,20 +130,24 @@ def _build(value):
 
 def _refuse_mutation(func, args, kwargs) -> None:
     """Raise if `func` would write to a merged weight, which a combined copy would hide."""
-    name = getattr(func, "__name__", str(func))
-    is_setter = name == "__set__" or name == "__setitem__"
-    in_place = name.endswith("_") and not name.endswith("__")
-    in_place_operator = name.startswith("__i") and name not in ("__invert__", "__index__")
-    target = args[0] if args and (is_setter or in_place or in_place_operator) else None
-    targets = [target, *_as_tuple(kwargs.get("out"))]
+    targets = args[:1] if func in _MUTATING else ()
+    if kwargs.get("out") is not None:
+        targets = (*targets, *_as_tuple(kwargs["out"]))
     for written in targets:
         if _is_merged(written):
             raise RuntimeError(
-                f"{name} would change merged weight {written.name!r} in place: its value follows "
+                f"{func} would change merged weight {written.name!r} in place: its value follows "
                 "from base, experts and coefficients. Change those, call "
                 "fastmerge.materialize(model) for ordinary weights, or move and convert the "
                 "model before fastmerge.attach"
             )
+
+
+def _refuse_storage(weight: MergedWeight, name: str) -> None:
+    raise RuntimeError(
+        f"{name}: merged weight {weight.name!r} has no memory of its own; use "
+        "model.state_dict() or fastmerge.materialize(model) for ordinary tensors"
+    )
 
 
 def _as_tuple(value) -> tuple:
@@ -159,18 +168,18 @@ def _autocast(x: Tensor, weight: MergedWeight) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.base.dtype:
         raise RuntimeError(
-            f"input of merged weight {weight.name!r} is {x.dtype}, expected {weight.dtype}"
+            f"input of merged weight {weight.name!r} is {x.dtype}, expected {weight.base.dtype}"
         )
     return x
 
 
 @_implements(F.linear)
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _is_merged(weight) or weight.dim() != 2 or _is_merged(input):
+    if not _is_merged(weight) or weight.base.dim() != 2 or _is_merged(input):
         return NotImplemented
-    weight.uses["merged_linear"] += 1
+    weight.count("merged_linear")
     return ops.merged_linear(
         _autocast(input, weight), weight.base, weight.deltas, weight.row(), _build(bias)
     )
@@ -182,7 +191,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, out=No
         return NotImplemented
     if input.dim() != 1:
         return NotImplemented
-    mat2.uses["merged_linear"] += 1
+    mat2.count("merged_linear")
     return ops.merged_linear(
         _autocast(mat1, mat2), mat2.base, mat2.deltas, mat2.row(), _build(input), transpose=True
     )
@@ -199,14 +208,14 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     """Combine only the rows that are looked up, or the whole table if that is smaller."""
-    if not _is_merged(weight) or input.numel() >= weight.shape[0]:
+    if not _is_merged(weight) or input.numel() >= weight.base.shape[0]:
         return NotImplemented
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise NotImplementedError(
             f"merged embedding {weight.name!r}: max_norm, scale_grad_by_freq and sparse are not "
             "supported"
         )
-    weight.uses["rows"] += 1
+    weight.count("rows")
     ids = input.reshape(-1)
 
     def gather(table: Tensor) -> Tensor:
@@ -214,9 +223,9 @@ def _embedding(
 
     rows = ops.weighted_sum(gather(weight.base), weight.deltas.map(gather), weight.row())
     if padding_idx is not None:
-        padding = padding_idx if padding_idx >= 0 else weight.shape[0] + padding_idx
+        padding = padding_idx if padding_idx >= 0 else weight.base.shape[0] + padding_idx
         rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
-    return rows.view(*input.shape, weight.shape[1])
+    return rows.view(*input.shape, weight.base.shape[1])
 
 
 def _patch_convolution(
@@ -225,7 +234,7 @@ def _patch_convolution(
     """Convolution with stride = kernel size as a merged linear layer on unfolded patches."""
     if not _is_merged(weight) or _is_merged(input):
         return NotImplemented
-    kernel = list(weight.shape[2:])
+    kernel = list(weight.base.shape[2:])
     spatial = len(kernel)
     expanded = [list(v) if isinstance(v, (tuple, list)) else [v] * spatial for v in (stride,)]
     no_padding = padding == "valid" or all(p == 0 for p in _as_tuple(padding))
@@ -242,7 +251,7 @@ def _patch_convolution(
     outer = [2 + 2 * i for i in range(spatial)]
     inner = [3 + 2 * i for i in range(spatial)]
     patches = patches.permute(0, *outer, 1, *inner).flatten(1 + spatial)  # [B, n1, .., C*k1*..]
-    weight.uses["patches"] += 1
+    weight.count("patches")
     y = ops.merged_linear(
         _autocast(patches, weight),
         weight.base.flatten(1),
@@ -284,4 +293,57 @@ def _metadata_functions() -> frozenset:
     return frozenset(functions)
 
 
+def _mutating_functions() -> frozenset:
+    """Functions that write to their first argument: in-place methods, operators and setters."""
+    functions = set()
+    for overridable in torch.overrides.get_overridable_functions().values():
+        for function in overridable:
+            name = getattr(function, "__name__", "")
+            in_place = name.endswith("_") and not name.endswith("__")
+            operator = name.startswith("__i") and name not in (
+                "__init__",
+                "__invert__",
+                "__index__",
+            )
+            if in_place or operator or name in ("__setitem__", "__set__"):
+                functions.add(function)
+    for name in dir(torch.Tensor):
+        attribute = getattr(torch.Tensor, name)
+        if hasattr(attribute, "__set__") and not isinstance(attribute, property):
+            functions.add(attribute.__set__)
+    return frozenset(functions)
+
+
 _METADATA = _metadata_functions()
+_MUTATING = _mutating_functions()
+_STORAGE = ("data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad")
+
+
+def _define_methods() -> None:
+    """Tensor methods and operators as Python methods of MergedWeight.
+
+    They do what `__torch_function__` would; as Python functions, torch.compile can follow them.
+    """
+    looks = {f.__name__ for f in _METADATA if getattr(torch.Tensor, f.__name__, None) is f}
+    writes = {f.__name__ for f in _MUTATING}
+
+    def method(name: str) -> Callable:
+        if name in _STORAGE:
+            return lambda self, *args, **kwargs: _refuse_storage(self, name)
+        if name in looks:
+            return lambda self, *args, **kwargs: getattr(self.base, name)(*args, **kwargs)
+        return lambda self, *args, **kwargs: getattr(self.combined(), name)(
+            *_build(args), **_build(kwargs)
+        )
+
+    operators = "add sub mul truediv floordiv mod pow matmul and or xor".split()
+    dunder = {f"__{prefix}{o}__" for o in operators for prefix in ("", "r")}
+    dunder |= {"__neg__", "__abs__", "__getitem__", "__eq__", "__ne__"}
+    for name in dir(torch.Tensor):
+        public = not name.startswith("_") and callable(getattr(torch.Tensor, name))
+        if (public or name in dunder) and name not in writes and name not in vars(MergedWeight):
+            if not isinstance(getattr(torch.Tensor, name), type):
+                setattr(MergedWeight, name, method(name))
+
+
+_define_methods()

@@ -170,6 +170,8 @@ def test_what_cannot_work_is_refused(net, experts):
     with pytest.raises(RuntimeError, match="cannot require grad"):
         net.requires_grad_(True)
     net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no memory of its own"):
+        net.layer.weight.data_ptr()
     with pytest.raises(TypeError, match="cannot be pickled"):
         torch.save(net, "/dev/null")
     with pytest.raises(RuntimeError, match=r"float64, expected torch\.float32"):
@@ -207,3 +209,97 @@ def test_failed_attach_changes_nothing(net, experts):
         fm.attach(net, experts)
     assert all(p is originals[n] for n, p in net.named_parameters())
     assert torch.equal(net.norm.running_mean, torch.zeros(6))
+
+
+def _without(state, name):
+    return {k: v for k, v in state.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda s: _without(s, "layer.weight"), r"second: tensor 'layer\.weight' is missing"),
+        (lambda s: s | {"new.weight": torch.zeros(2)}, r"second: tensor 'new\.weight' is not in"),
+        (
+            lambda s: s | {"layer.bias": torch.zeros(7)},
+            r"second: tensor 'layer\.bias' has shape \[7\], expected \[6\]",
+        ),
+        (
+            lambda s: s | {"layer.bias": torch.full((6,), torch.inf)},
+            r"second: tensor 'layer\.bias' has 6 NaN or Inf",
+        ),
+        (
+            lambda s: s | {"layer.bias": torch.zeros(6, device="meta")},
+            r"second: tensor 'layer\.bias' is on",
+        ),
+        (
+            lambda s: s | {"layer.bias": torch.zeros(6, dtype=torch.int64)},
+            r"second: tensor 'layer\.bias' is torch\.int64",
+        ),
+        (
+            lambda s: s | {"head.weight": torch.zeros(20, 6)},
+            r"'embedding\.weight' and 'head\.weight' differ",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit(net, experts, spoil, message):
+    states = {"first": experts[0].state_dict(), "second": spoil(dict(experts[1].state_dict()))}
+    before = dict(net.named_parameters())
+    with pytest.raises(ValueError, match=message):
+        fm.attach(net, states)
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    assert torch.equal(net.norm.running_mean, torch.zeros(6))
+
+
+def test_no_experts_and_unknown_options(net, experts):
+    with pytest.raises(ValueError, match="experts is empty"):
+        fm.attach(net, [])
+    with pytest.raises(ValueError, match="deltas must be"):
+        fm.attach(net, experts, deltas="int3")
+    with pytest.raises(ValueError, match="trim must be"):
+        fm.attach(net, experts, trim=dict(method="magic"))
+    with pytest.raises(ValueError, match="density"):
+        fm.attach(net, experts, trim=dict(method="ties", density=1.5))
+    with pytest.raises(TypeError, match="expected several experts, got one state dict"):
+        fm.attach(net, experts[0].state_dict())
+
+
+def test_mixed_dtypes_and_strided_experts(net, experts):
+    """Experts in bf16 for an fp32 base, and experts whose memory is not contiguous."""
+    states = [e.state_dict() for e in experts]
+    halves = [
+        {k: v.bfloat16() if v.is_floating_point() else v for k, v in s.items()} for s in states
+    ]
+    for state in halves:
+        state["layer.weight"] = state["layer.weight"].t().contiguous().t()
+    fm.attach(net, halves, init=[0.2, 0.5, 0.1])
+    base = {n: p for n, p in fm.detach(copy.deepcopy(net)).named_parameters()}
+    expected = built_weights(
+        base,
+        [{k: v.float() for k, v in state.items()} for state in halves],
+        torch.tensor([0.2, 0.5, 0.1]).expand(5, 3),
+    )
+    y = net(IDS)
+    fm.materialize(net)
+    assert net.layer.weight.dtype == torch.float32
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.data, expected[name])
+    torch.testing.assert_close(net(IDS), y)
+
+
+def test_trimmed_deltas_keep_what_ties_elects(net, experts):
+    base = {n: p.detach().clone() for n, p in net.named_parameters()}
+    states = [dict(e.named_parameters()) for e in experts]
+    fm.attach(net, experts, trim=dict(method="ties", density=0.3))
+    names = net.layer.weight.coefficients.names
+    taus = [torch.cat([(s[n] - base[n]).detach().flatten() for n in names]) for s in states]
+    total = taus[0].numel()
+    rank = total - int(total * 0.3)
+    kept = [torch.where(t.abs() >= t.abs().kthvalue(rank).values, t, 0) for t in taus]
+    sign = torch.stack(kept).sum(0).sign()
+    expected = [torch.where(t * sign > 0, t, 0) for t in kept]
+    weights = dict(net.named_parameters())
+    for k in range(3):
+        ours = torch.cat([weights[n].deltas.tensors[k].flatten() for n in names])
+        assert torch.equal(ours, expected[k])
+        assert 0 < (ours != 0).sum() < total

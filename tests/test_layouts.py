@@ -68,6 +68,20 @@ def _llama():
     return transformers.LlamaForCausalLM(config), inputs, "inputs_embeds"
 
 
+def _minilm():
+    """The demo's model at its real size, with a small vocabulary."""
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        max_position_embeddings=32,
+    )
+    inputs = {"inputs_embeds": torch.randn(4, 8, 384, dtype=torch.float64)}
+    return transformers.BertModel(config, add_pooling_layer=False), inputs, "inputs_embeds"
+
+
 LAYOUTS = {"clip": _clip, "bert": _bert, "gpt2": _gpt2, "llama": _llama}
 
 
@@ -75,11 +89,14 @@ def _first_tensor(output) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-@pytest.mark.parametrize("granularity", ["task", "layer"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, granularity",
+    [(layout, granularity) for layout in LAYOUTS for granularity in ("task", "layer")]
+    + [("minilm", "layer")],
+)
 def test_gradients_equal_plain_autograd(layout, granularity):
     torch.manual_seed(0)
-    model, inputs, differentiable = LAYOUTS[layout]()
+    model, inputs, differentiable = (LAYOUTS | {"minilm": _minilm})[layout]()
     model = model.double().eval()
     experts = make_experts(model, 3)
     plain = copy.deepcopy(model)
@@ -182,3 +199,24 @@ def test_convolutions_and_attention():
     uses = {name: use for name, use, _ in fm.coverage(model)}
     assert uses["patch1.weight"] == {"patches": 1} and uses["patch2.weight"] == {"patches": 1}
     assert uses["plain.weight"] == {"built": 1}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compile_without_graph_breaks(layout):
+    torch.manual_seed(3)
+    model, inputs, _ = LAYOUTS[layout]()
+    model = model.double().eval()
+    coefficients = fm.attach(model, make_experts(model, 2)).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def loss(forward):
+        return _first_tensor(forward(**inputs)).square().sum()
+
+    for step in range(3):
+        with torch.no_grad():
+            coefficients.raw.fill_(0.2 + 0.1 * step)
+        (eager,) = torch.autograd.grad(loss(model), [coefficients.raw])
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            (graph,) = torch.autograd.grad(loss(compiled), [coefficients.raw])
+        torch.testing.assert_close(graph, eager, rtol=1e-9, atol=1e-12)
