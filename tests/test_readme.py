@@ -1,0 +1,97 @@
+"""What the documents say against the code: examples run, tables and names are right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmerge.cli import app
+from fastmerge.ops import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def _table(header: str) -> list[list[str]]:
+    """Cells of the README table whose header line starts with `header`, without its header."""
+    lines = README[README.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_examples_run_and_learn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = _blocks("python")
+    example = next(block for block in blocks if "fm.learn" in block)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    names: dict[str, object] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the example is too small for more
+    try:
+        with torch.random.fork_rng():
+            for number, block in enumerate(blocks):
+                exec(compile(block, f"README.md python block {number}", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    assert re.search(r"fixed \d+\.\d%, learned \d+\.\d%", capsys.readouterr().out)
+    fixed, learned = names["accuracy"](names["fixed"]), names["accuracy"](names["model"])
+    chance = 1 / names["TEACHER"].shape[1]
+    assert chance + 0.2 < fixed < learned - 0.03
+    assert names["history"].loss[-1] < 0.5 * names["history"].loss[0]
+
+
+def test_kernel_table_matches_the_registry():
+    ops = {row[0].strip("`"): row for row in _table("| op |")}
+    registered: dict[str, list[bool]] = {}
+    for name, native in _library.REGISTERED.items():
+        family = name.removesuffix("_out").removesuffix("_backward")
+        registered.setdefault(family, []).append(native)
+    assert set(ops) == set(registered)
+    for name, (_, _, reference, native, _, _, files) in ops.items():
+        assert reference == "yes"
+        assert {native.startswith("yes")} == set(registered[name])
+        tests = re.findall(r"`(test_\w+\.py)`", files)
+        assert tests
+        for test in tests:
+            assert name in (ROOT / "tests" / test).read_text(encoding="utf-8"), (name, test)
+
+
+def test_install_variables_are_read_by_the_code():
+    sources = [ROOT / "setup.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    variables = [row[0].strip("`") for row in _table("| variable |")]
+    assert variables
+    assert [name for name in variables if name not in code] == []
+
+
+@documents
+def test_make_targets_exist(path):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets
+
+
+def test_commands_exist():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    (listed,) = re.findall(r"`fastmerge` has ([^.]*)\.", README)
+    assert set(re.findall(r"`(\w+)`", listed)) == commands
+
+
+@documents
+def test_links_and_paths_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    broken = [link for link in links if not (path.parent / link).exists()]
+    paths = re.findall(r"`((?:fastmerge|csrc|kernels|tests|tools|docs)/[\w./]+)`", text)
+    missing = [name for name in paths if not (ROOT / name).exists()]
+    assert (broken, missing) == ([], [])
