@@ -14,6 +14,8 @@ namespace {
 constexpr int kLowBits = 15;
 // A thread's table has to be cleared and added up, which costs as much as counting this many.
 constexpr int64_t kTableCost = 8;
+// Elements read ahead.
+constexpr int64_t kPrefetch = 1024;
 
 template <int kLevel>
 FASTMERGE_INLINE void count_vector(F32 magnitude, uint32_t lanes, uint32_t prefix,
@@ -35,6 +37,9 @@ void count_range(const Source& s, uint32_t prefix, int64_t* counts, int64_t begi
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
     F32 base = kExperts ? load_base(s, i) : zeros();
+    // The counters' scattered writes keep the hardware prefetchers from running ahead.
+    prefetch(s.deltas[0], i + kPrefetch, kDtype);
+    if (kExperts) prefetch(s.base, i + kPrefetch, s.base_dtype);
     F32 tau = load_tau<kDtype, kExperts>(s, 0, i, base);
     count_vector<kLevel>(absolute(canonical_nan(tau)), kLanes, prefix, counts);
   }
