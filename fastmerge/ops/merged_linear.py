@@ -1,15 +1,9 @@
 """`merged_linear`: y = x W^T + b with W = base + sum_k lambda_k tau_k, which is never built whole.
 
-The panel strategy: combine a block of rows of W into reused scratch, multiply with the vendor
-GEMM, go on. Per panel the backward pass computes dW_p by GEMM into scratch, reads the deltas once
-for the merged panel and the K inner products (`combine_and_dot`), and adds dY_p W_p to dX. So no
-merged weight, no weight gradient and no per-expert temporary ever exists whole.
+The CPU runs the panel strategy (`_panel.py`).
 """
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +23,7 @@ from ._library import (
     register_no_gradient,
     unpack_deltas,
 )
-
-# Large enough for an efficient GEMM, small enough to stay in a core's share of the last cache.
-PANEL_BYTES = 4 << 20
-
-_scratch = threading.local()
+from ._panel import PanelLinear
 
 
 def merged_linear(
@@ -128,21 +118,16 @@ def _reference(x, base, deltas, coefficients, bias, experts, transpose):
     return y.to(x.dtype)
 
 
-def _panels(base: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    rows, width = base.shape
-    step = max(1, PANEL_BYTES // max(1, width * dtype.itemsize))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def _panel_scratch(slot: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reused memory of this thread for one panel of `base`: [panel rows, width]."""
-    width = base.shape[1]
-    _, rows = next(_panels(base, dtype), (0, 0))
-    buffers = _scratch.__dict__
-    if (slot, dtype) not in buffers or buffers[slot, dtype].numel() < rows * width:
-        buffers[slot, dtype] = torch.empty(rows * width, dtype=dtype)
-    return buffers[slot, dtype][: rows * width].view(rows, width)
+def _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose) -> PanelLinear:
+    return PanelLinear(
+        kernels,
+        base.contiguous(),
+        [d.contiguous() for d in deltas],
+        coefficients.float().contiguous(),
+        experts,
+        transpose,
+        x.dtype,
+    )
 
 
 def _cpu(x, base, deltas, coefficients, bias, experts, transpose):
@@ -150,35 +135,9 @@ def _cpu(x, base, deltas, coefficients, bias, experts, transpose):
     if coefficients.dim() != 1 or not runs_native("merged_linear", x, base, first, coefficients):
         return _reference(x, base, deltas, coefficients, bias, experts, transpose)
     _check(x, base, deltas, coefficients, bias, transpose)
-    base, deltas = base.contiguous(), [d.contiguous() for d in deltas]
-    lam = coefficients.float().reshape(1, -1).contiguous()
-    rows = x.reshape(-1, x.shape[-1])  # [R, I]
-    outer = base.shape[1 if transpose else 0]
-    bias = None if bias is None else bias.to(x.dtype)
-    y = None if transpose else x.new_empty(rows.shape[0], outer)
-    scratch = _panel_scratch("weight", base, x.dtype)
-    for start, stop in _panels(base, x.dtype):
-        panel = scratch[: stop - start]
-        _native.weighted_sum(
-            [base[start:stop]], [[d[start:stop] for d in deltas]], lam, [panel], experts
-        )
-        if transpose:
-            y = _add_product(y, rows[:, start:stop], panel)
-        elif bias is None:
-            torch.mm(rows, panel.t(), out=y[:, start:stop])
-        else:
-            torch.addmm(bias[start:stop], rows, panel.t(), out=y[:, start:stop])
-    if transpose:
-        y = torch.zeros(rows.shape[0], outer) if y is None else y
-        y = y if bias is None else y.add_(bias)
-    return y.to(x.dtype).view(*x.shape[:-1], outer)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in fp32, so that partial products of several panels are rounded once."""
-    if total is None:
-        return (a @ b).float()
-    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
+    panels = _panel_linear(_native, x, base, deltas, coefficients, experts, transpose)
+    y = panels.forward(x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _fake(x, base, deltas, coefficients, bias, experts, transpose):
@@ -270,47 +229,13 @@ def _backward_cpu(
             grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
         )
     _backward_check(grad, x, base, deltas, coefficients, transpose)
-    base, deltas = base.contiguous(), [d.contiguous() for d in deltas]
-    lam = coefficients.float().contiguous()
-    dy = grad.reshape(-1, grad.shape[-1])  # [R, O]
-    rows = x.reshape(-1, x.shape[-1])  # [R, I]
-    dots = torch.zeros(len(deltas), dtype=torch.float64)
-    grad_x = torch.empty_like(rows) if need_x and transpose else None
-    weight_scratch = _panel_scratch("weight", base, x.dtype) if need_x else None
-    grad_scratch = _panel_scratch("grad", base, x.dtype) if need_coefficients else None
-    for start, stop in _panels(base, x.dtype):
-        base_panel, delta_panels = base[start:stop], [d[start:stop] for d in deltas]
-        dy_panel = dy if transpose else dy[:, start:stop]
-        weight_panel = weight_scratch[: stop - start] if need_x else None
-        if need_coefficients:
-            grad_panel = grad_scratch[: stop - start]
-            if transpose:
-                torch.mm(rows[:, start:stop].t(), dy, out=grad_panel)
-            else:
-                torch.mm(dy_panel.t(), rows, out=grad_panel)
-        if need_x and need_coefficients:
-            dots += _native.combine_and_dot(
-                base_panel, delta_panels, lam, grad_panel, weight_panel, experts
-            )
-        elif need_x:
-            _native.weighted_sum(
-                [base_panel], [delta_panels], lam.view(1, -1), [weight_panel], experts
-            )
-        else:
-            dots += _native.coefficient_grad(
-                [grad_panel], [base_panel] if experts else None, [delta_panels]
-            )[0]
-        if need_x and transpose:
-            torch.mm(dy, weight_panel.t(), out=grad_x[:, start:stop])
-        elif need_x:
-            grad_x = _add_product(grad_x, dy_panel, weight_panel)
-    if not need_x:
-        grad_x = x.new_empty(0)
-    elif grad_x is None:
-        grad_x = torch.zeros_like(x)
-    else:
-        grad_x = grad_x.to(x.dtype).view(x.shape)
-    return grad_x, dots.float() if need_coefficients else x.new_empty(0, dtype=torch.float32)
+    panels = _panel_linear(_native, x, base, deltas, coefficients, experts, transpose)
+    dy, rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+    dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
+    return (
+        dx.view(x.shape) if need_x else x.new_empty(0),
+        dlam.float() if need_coefficients else x.new_empty(0, dtype=torch.float32),
+    )
 
 
 def _backward_fake(

@@ -1,0 +1,246 @@
+"""The panel strategy of `merged_linear`: combine rows of W into reused scratch, multiply, go on.
+
+Per panel the backward pass computes dW_p by GEMM into scratch, reads the deltas once for the
+merged panel and the K inner products (`combine_and_dot`), and adds dY_p W_p to dX. So no merged
+weight, no weight gradient and no per-expert temporary ever exists whole.
+
+On a GPU the deltas are read on a second stream beside the GEMM of the neighbouring panel: two
+scratch panels take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# Large enough for an efficient GEMM, small enough to stay in a core's share of the last cache.
+CPU_PANEL_BYTES = 4 << 20
+
+_scratch = threading.local()
+
+
+class PanelLinear:
+    """One merged linear layer, panel by panel.
+
+    Args:
+        kernels: module with weighted_sum, combine_and_dot and coefficient_grad for the device.
+        base: [rows, width] contiguous; its rows are cut into panels.
+        deltas: K tensors like base, contiguous.
+        coefficients: fp32 [K] on base's device.
+        experts: whether deltas are experts.
+        transpose: False: y = x W^T, panels are columns of y. True: y = x W, panels are columns
+            of x and their products add up.
+        dtype: dtype of the GEMMs.
+        panel_bytes: size of one panel; by default from the device's cache.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        base: Tensor,
+        deltas: Sequence[Tensor],
+        coefficients: Tensor,
+        experts: bool,
+        transpose: bool,
+        dtype: torch.dtype,
+        panel_bytes: int | None = None,
+    ):
+        self.kernels, self.base, self.deltas = kernels, base, deltas
+        self.coefficients, self.experts = coefficients, experts
+        self.transpose, self.dtype = transpose, dtype
+        width = base.shape[1]
+        budget = panel_bytes or _panel_bytes(base.device)
+        self.step = max(1, budget // max(1, width * dtype.itemsize))
+        self.spans = [
+            (start, min(base.shape[0], start + self.step))
+            for start in range(0, base.shape[0], self.step)
+        ]
+        self.ahead = base.is_cuda and len(self.spans) > 1
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [R, O] of x [R, I]."""
+        if self.transpose:
+            total = None
+            for (start, stop), panel in self._panels(self._combine):
+                total = _add_product(total, x[:, start:stop], panel)
+            if total is None:
+                total = x.new_zeros(x.shape[0], self.base.shape[1], dtype=torch.float32)
+            return (total if bias is None else total.add_(bias)).to(self.dtype)
+        y = x.new_empty(x.shape[0], self.base.shape[0])
+        for (start, stop), panel in self._panels(self._combine):
+            if bias is None:
+                torch.mm(x, panel.t(), out=y[:, start:stop])
+            else:
+                torch.addmm(bias[start:stop], x, panel.t(), out=y[:, start:stop])
+        return y
+
+    def backward(
+        self, dy: Tensor, x: Tensor, need_x: bool, need_coefficients: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dX [R, I] in the GEMMs' dtype and dlambda fp64 [K], each None if not needed."""
+        dots: list[Tensor] = []
+
+        def grad_weight(start: int, stop: int, out: Tensor) -> None:
+            left, right = (x[:, start:stop], dy) if self.transpose else (dy[:, start:stop], x)
+            torch.mm(left.t(), right, out=out)
+
+        def combine(start: int, stop: int, out: Tensor, grad: Tensor | None) -> None:
+            panel = [d[start:stop] for d in self.deltas]
+            base = self.base[start:stop]
+            if not need_x:
+                origin = [base] if self.experts else None
+                dots.append(self.kernels.coefficient_grad([grad], origin, [panel])[0])
+            elif need_coefficients:
+                dots.append(
+                    self.kernels.combine_and_dot(
+                        base, panel, self.coefficients, grad, out, self.experts
+                    )
+                )
+            else:
+                self._combine(start, stop, out, None)
+
+        dx = total = None
+        if need_x and self.transpose:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        prepare = grad_weight if need_coefficients else None
+        for (start, stop), panel in self._panels(combine, prepare):
+            if need_x and self.transpose:
+                torch.mm(dy, panel.t(), out=dx[:, start:stop])
+            elif need_x:
+                total = _add_product(total, dy[:, start:stop], panel)
+        if need_x and not self.transpose:
+            dx = torch.zeros_like(x) if total is None else total.to(self.dtype)
+        dlam = torch.stack(dots).sum(0) if dots else torch.zeros_like(self.coefficients)
+        return dx, dlam if need_coefficients else None
+
+    def _combine(self, start: int, stop: int, out: Tensor, grad: None) -> None:
+        self.kernels.weighted_sum(
+            [self.base[start:stop]],
+            [[d[start:stop] for d in self.deltas]],
+            self.coefficients.view(1, -1),
+            [out],
+            self.experts,
+        )
+
+    def _panels(
+        self, combine: Callable, prepare: Callable | None = None
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Each span with its merged panel: `prepare` fills a gradient panel, `combine` reads it.
+
+        On a GPU, `combine` of the next panel runs on a second stream while the caller works on
+        this one.
+        """
+        lead = 1 if self.ahead else 0
+        turns = 1 + lead
+        weights = [self._buffer(f"weight{i}") for i in range(turns)]
+        grads = [self._buffer(f"grad{i}") for i in range(turns)] if prepare else [None] * turns
+        side = _SideStream(self.base.device) if self.ahead else _SameStream()
+
+        def begin(i: int) -> None:
+            start, stop = self.spans[i]
+            grad = grads[i % turns]
+            if prepare:
+                grad = grad[: stop - start]
+                prepare(start, stop, grad)
+            with side.work(i % turns, after_caller=prepare is not None):
+                combine(start, stop, weights[i % turns][: stop - start], grad)
+
+        for i in range(min(lead, len(self.spans))):
+            begin(i)
+        for i, (start, stop) in enumerate(self.spans):
+            if i + lead < len(self.spans):
+                begin(i + lead)
+            side.wait(i % turns)
+            yield (start, stop), weights[i % turns][: stop - start]
+            side.release(i % turns)
+        side.join()
+
+    def _buffer(self, slot: str) -> Tensor:
+        """Memory for one panel; on the CPU reused by every layer of this thread."""
+        rows, width = min(self.step, self.base.shape[0]), self.base.shape[1]
+        if self.base.device.type != "cpu":
+            return torch.empty(rows, width, dtype=self.dtype, device=self.base.device)
+        buffers = _scratch.__dict__
+        key = (slot, self.dtype)
+        if key not in buffers or buffers[key].numel() < rows * width:
+            buffers[key] = torch.empty(rows * width, dtype=self.dtype)
+        return buffers[key][: rows * width].view(rows, width)
+
+
+class _SameStream:
+    """No second stream: work is done when it is asked for."""
+
+    def work(self, turn: int, after_caller: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def wait(self, turn: int) -> None:
+        pass
+
+    def release(self, turn: int) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+
+class _SideStream:
+    """A second CUDA stream that fills two scratch panels in turn, ordered by events.
+
+    Everything it touches was allocated on the caller's stream or is joined with it at the end, so
+    freed memory is never reused too early. Events and waits are capturable in a CUDA graph.
+    """
+
+    _streams: ClassVar[dict[int, torch.cuda.Stream]] = {}
+
+    def __init__(self, device: torch.device):
+        self.caller = torch.cuda.current_stream(device)
+        index = self.caller.device.index
+        if index not in self._streams:
+            self._streams[index] = torch.cuda.Stream(device)
+        self.side = self._streams[index]
+        self.side.wait_stream(self.caller)
+        self.ready: dict[int, torch.cuda.Event] = {}
+        self.free: dict[int, torch.cuda.Event] = {}
+
+    @contextlib.contextmanager
+    def work(self, turn: int, after_caller: bool) -> Iterator[None]:
+        """Run on the side once panel `turn` is free, and after the caller's work if it is read."""
+        if turn in self.free:
+            self.side.wait_event(self.free.pop(turn))
+        if after_caller:
+            self.side.wait_event(self.caller.record_event())
+        with torch.cuda.stream(self.side):
+            yield
+        self.ready[turn] = self.side.record_event()
+
+    def wait(self, turn: int) -> None:
+        """The caller's next work comes after panel `turn` is filled."""
+        self.caller.wait_event(self.ready.pop(turn))
+
+    def release(self, turn: int) -> None:
+        """The caller has used panel `turn`; it may be filled again."""
+        self.free[turn] = self.caller.record_event()
+
+    def join(self) -> None:
+        """The caller's next work comes after everything on the side."""
+        self.caller.wait_stream(self.side)
+
+
+def _panel_bytes(device: torch.device) -> int:
+    """Bytes of one panel: two panels and the deltas passing by should fit the GPU's L2 cache."""
+    if device.type != "cuda":
+        return CPU_PANEL_BYTES
+    return max(1 << 20, torch.cuda.get_device_properties(device).L2_cache_size // 4)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, so that partial products of several panels are rounded once."""
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
