@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,35 @@ def test_links_and_paths_lead_somewhere(path):
     paths = re.findall(r"`((?:fastmerge|csrc|kernels|tests|tools|docs)/[\w./]+)`", text)
     missing = [name for name in paths if not (ROOT / name).exists()]
     assert (broken, missing) == ([], [])
+
+
+def _imported_files(path: Path) -> Iterator[Path]:
+    """Files of the package that a file imports from, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*filter(None, [node.module]))
+            for target in (*(folder / alias.name for alias in node.names), folder):
+                files = (target / "__init__.py", target.with_suffix(".py"))
+                yield from (file for file in files if file.is_file())
+
+
+def test_imports_never_run_up_the_floors():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|") and "`fastmerge/" in line]
+    floors = [re.findall(r"`((?:fastmerge|kernels)/[\w./]*)`", row.split("|")[2]) for row in rows]
+    floor_of = {
+        file: floor
+        for floor, places in enumerate(floors)
+        for place in places
+        for file in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))
+    }
+    package = {*(ROOT / "fastmerge").rglob("*.py")} - {ROOT / "fastmerge" / "__main__.py"}
+    assert package <= set(floor_of), "files without a floor in CONTRIBUTING.md"
+    doors = ROOT / "fastmerge" / "__init__.py"
+    upwards = [
+        (str(file.relative_to(ROOT)), str(imported.relative_to(ROOT)))
+        for file, floor in floor_of.items()
+        for imported in _imported_files(file)
+        if imported != doors and floor_of[imported] > floor
+    ]
+    assert upwards == []
