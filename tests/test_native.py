@@ -71,7 +71,7 @@ def combined(base, deltas, coefficients, experts, dtype):
 
 
 def assert_dots(found: torch.Tensor, grad: torch.Tensor, tau: torch.Tensor) -> None:
-    """Within the rounding of fp32 lanes, and no worse than fp32 torch by more than that."""
+    """Within the worst-case rounding of products and sums in fp32 lanes."""
     products = grad.double() * tau.double()  # [K, n]
     truth = products.sum(-1)
     bound = LANE_ADDITIONS * UNIT * products.abs().sum(-1)
