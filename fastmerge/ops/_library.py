@@ -51,12 +51,10 @@ def register_no_gradient(name: str) -> None:
     register_gradient(name, backward, lambda ctx, inputs, output: None)
 
 
-def refuse_gradient(op: str, argument: str, needed: object) -> None:
-    """Raise if autograd asks for the gradient of an argument that has none.
-
-    `needed` is the entry of `ctx.needs_input_grad`: a bool, or a list of bools for a tensor list.
-    """
-    if needed is True or (isinstance(needed, (list, tuple)) and any(needed)):
+def refuse_gradient(op: str, argument: str, tensors: Tensor | Sequence[Tensor]) -> None:
+    """Raise if a tensor wants a gradient that the op does not have."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else tensors
+    if any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             f"{op}: {argument} requires grad, but only the coefficients (and activations) are "
             f"differentiable; detach {argument} or set requires_grad=False"

@@ -74,10 +74,10 @@ def _reference(base, deltas, coefficients, grad, experts, dtype):
 
 def _cpu(base, deltas, coefficients, grad, experts, dtype):
     first = deltas[0] if deltas else base
-    if not runs_native("combine_and_dot", base, first, coefficients, grad):
+    merged = torch.empty(base.shape, dtype=dtype or base.dtype)
+    if not runs_native("combine_and_dot", base, first, coefficients, grad, merged):
         return _reference(base, deltas, coefficients, grad, experts, dtype)
     _check(base, deltas, coefficients, grad)
-    merged = torch.empty(base.shape, dtype=dtype or base.dtype)
     dots = _native.combine_and_dot(
         base.contiguous(),
         [d.contiguous() for d in deltas],

@@ -147,8 +147,8 @@ def _fake(x, base, deltas, coefficients, bias, experts, transpose):
 
 def _setup_context(ctx, inputs, output):
     x, base, deltas, coefficients, bias, ctx.experts, ctx.transpose = inputs
-    refuse_gradient("merged_linear", "base", ctx.needs_input_grad[1])
-    refuse_gradient("merged_linear", "deltas", ctx.needs_input_grad[2])
+    refuse_gradient("merged_linear", "base", base)
+    refuse_gradient("merged_linear", "deltas", deltas)
     ctx.save_for_backward(x, base, coefficients, *deltas)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

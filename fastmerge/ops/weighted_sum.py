@@ -98,10 +98,10 @@ def _reference(base, deltas, coefficients, experts, dtype):
 
 
 def _cpu(base, deltas, coefficients, experts, dtype):
-    if not runs_native("weighted_sum", base, deltas[0] if deltas else base, coefficients):
+    out = torch.empty(base.shape, dtype=dtype or base.dtype)
+    if not runs_native("weighted_sum", base, deltas[0] if deltas else base, coefficients, out):
         return _reference(base, deltas, coefficients, experts, dtype)
     _check(base, deltas, coefficients)
-    out = torch.empty(base.shape, dtype=dtype or base.dtype)
     _native.weighted_sum(
         [base.contiguous()],
         [[d.contiguous() for d in deltas]],
@@ -119,8 +119,8 @@ def _fake(base, deltas, coefficients, experts, dtype):
 
 def _setup_context(ctx, inputs, output):
     base, deltas, coefficients, experts, _ = inputs
-    refuse_gradient("weighted_sum", "base", ctx.needs_input_grad[0])
-    refuse_gradient("weighted_sum", "deltas", ctx.needs_input_grad[1])
+    refuse_gradient("weighted_sum", "base", base)
+    refuse_gradient("weighted_sum", "deltas", deltas)
     ctx.save_for_backward(*deltas, *([base] if experts else []))
     ctx.count, ctx.coefficient_dtype = len(deltas), coefficients.dtype
 
