@@ -15,23 +15,29 @@ TOLERANCES = {
 
 
 def assert_no_worse_than_eager(
-    actual: Tensor, eager: Tensor, truth: Tensor, scale: Tensor | float | None = None
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    scale: Tensor | float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Assert |actual - truth| <= |eager - truth| + tolerance * scale for every element.
 
     Args:
-        actual: result under test; its dtype chooses the tolerance.
+        actual: result under test.
         eager: the same computation in plain PyTorch in the dtypes of the inputs.
         truth: the same computation in fp64.
         scale: size of the numbers that were added up, by default |truth|. With cancellation,
             pass the sum of the magnitudes.
+        dtype: what chooses the tolerance, by default actual's dtype; pass the inputs' where eager
+            and actual both hold an intermediate matrix in it.
     """
     assert actual.shape == truth.shape, f"shape {list(actual.shape)}, expected {list(truth.shape)}"
     found, plain = actual.double(), eager.double()
     special = ~torch.isfinite(truth)
     torch.testing.assert_close(found[special], truth[special], rtol=0, atol=0, equal_nan=True)
     magnitude = truth.abs() if scale is None else torch.as_tensor(scale, dtype=torch.float64)
-    allowed = (plain - truth).abs() + TOLERANCES[actual.dtype] * magnitude
+    allowed = (plain - truth).abs() + TOLERANCES[dtype or actual.dtype] * magnitude
     error = (found - truth).abs()
     worse = ~special & ~(error <= allowed)  # a NaN in actual or eager counts as worse
     if bool(worse.any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -127,6 +128,11 @@ def check_coefficients(op: str, coefficients: Tensor, count: int, device: torch.
         coefficients.device == device,
         lambda: f"{op}: coefficients is on {coefficients.device}, expected {device}",
     )
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., C] as [R, C]; unlike reshape(-1, C) also for C = 0, and [C] as [1, C]."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def as_task_vector(base: Tensor | None, delta: Tensor, experts: bool, dtype: torch.dtype) -> Tensor:

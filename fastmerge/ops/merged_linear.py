@@ -13,6 +13,7 @@ from .. import _native
 from ..backends import runs_native
 from ._library import (
     accumulate_dtype,
+    as_rows,
     as_task_vector,
     check_coefficients,
     check_deltas,
@@ -136,7 +137,7 @@ def _cpu(x, base, deltas, coefficients, bias, experts, transpose):
         return _reference(x, base, deltas, coefficients, bias, experts, transpose)
     _check(x, base, deltas, coefficients, bias, transpose)
     panels = _panel_linear(_native, x, base, deltas, coefficients, experts, transpose)
-    y = panels.forward(x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(x.dtype))
+    y = panels.forward(as_rows(x), None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -164,7 +165,7 @@ def _backward(ctx, grad):
         grad_x = grad_x if need_x else None
         grad_lam = grad_lam.to(coefficients.dtype) if need_lam else None
     if need_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        grad_bias = as_rows(grad).sum(0).to(ctx.bias_dtype)
     return grad_x, None, [None] * len(deltas), grad_lam, grad_bias, None, None
 
 
@@ -195,8 +196,8 @@ def _backward_reference(
     accumulate = accumulate_dtype(x, base, deltas[0], coefficients)
     grad_x, grad_lam = x.new_empty(0), x.new_empty(0, dtype=accumulate)
     if coefficients.dim() == 1:
-        dy = grad.reshape(-1, grad.shape[-1])  # [R, O]
-        rows = x.reshape(-1, x.shape[-1])  # [R, I]
+        dy = as_rows(grad)  # [R, O]
+        rows = as_rows(x)  # [R, I]
         if need_x:
             weight = _merged(base, deltas, coefficients, experts, x.dtype)
             grad_x = (dy @ (weight.t() if transpose else weight)).view_as(x)
@@ -230,7 +231,7 @@ def _backward_cpu(
         )
     _backward_check(grad, x, base, deltas, coefficients, transpose)
     panels = _panel_linear(_native, x, base, deltas, coefficients, experts, transpose)
-    dy, rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+    dy, rows = (as_rows(t) for t in (grad, x))
     dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
