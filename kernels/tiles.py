@@ -1,0 +1,60 @@
+"""Device functions that several kernels share; every one works on fp32 values in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def task_vector_tile(base, delta_ptr, offsets, mask, EXPERTS: tl.constexpr):
+    """tau = e - base for an expert, tau = delta for a task vector; `base` is an fp32 tile."""
+    tau = tl.load(delta_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if EXPERTS:
+        tau -= base
+    return tau
+
+
+@triton.jit
+def merged_tile(
+    base_ptr,
+    delta_ptrs,
+    coefficients_ptr,
+    offsets,
+    mask,
+    COUNT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """W = base + sum_k lambda_k tau_k for one tile, added in the order of k.
+
+    The multiply-add is spelled out, so its rounding is no choice of the compiler.
+    """
+    base = tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    merged = base
+    for k in tl.static_range(COUNT):
+        tau = task_vector_tile(base, delta_ptrs[k], offsets, mask, EXPERTS)
+        merged = tl.fma(tl.load(coefficients_ptr + k), tau, merged)
+    return merged
+
+
+@triton.jit
+def nth_pointer(pointers, k, COUNT: tl.constexpr):
+    """pointers[k] for a k known only at run time, without a table in memory."""
+    chosen = pointers[0]
+    for j in tl.static_range(1, COUNT):
+        chosen = tl.where(k == j, pointers[j], chosen)
+    return chosen
+
+
+@triton.jit
+def ordered_sum(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum of each row of `values` [ROWS, COLUMNS] in an order that no launch parameter changes.
+
+    Neighbours are added pairwise until one column is left. `tl.sum` would group the columns by
+    the threads that hold them, which depends on the number of warps.
+    """
+    for step in tl.static_range(16):
+        if (COLUMNS >> step) > 1:
+            left, right = tl.split(tl.reshape(values, [ROWS, COLUMNS >> (step + 1), 2]))
+            values = left + right
+    return tl.reshape(values, [ROWS])
