@@ -135,7 +135,7 @@ def choose(problem: Problem, rates: Rates, available: frozenset[str]) -> str | N
     return min(able, key=seconds.__getitem__) if able else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_rates(index: int, dtype: torch.dtype) -> Rates:
     """Rates of a CUDA device by its architecture and size; estimates for unknown ones."""
     properties = torch.cuda.get_device_properties(index)
