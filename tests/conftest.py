@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads must not starve a busy machine
 
 import pytest
 import torch
