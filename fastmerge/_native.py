@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,18 @@ def cuda_unavailable_reason() -> str:
     if cuda is None:
         return _cuda_reason
     return cuda.device_info()["reason"]
+
+
+def for_device(device: torch.device) -> tuple[ModuleType | None, str]:
+    """The module with compiled kernels for a device (this one for the CPU), or None and why not."""
+    if device.type == "cpu":
+        return (sys.modules[__name__], "") if cpu is not None else (None, _cpu_reason)
+    if device.type != "cuda":
+        return None, f"there are no compiled kernels for {device.type} tensors"
+    reason = cuda_unavailable_reason()
+    if reason:
+        return None, reason
+    return importlib.import_module(f"{__package__}._native_cuda"), ""
 
 
 def weighted_sum(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 
@@ -21,7 +22,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Force every op inside the block onto one backend.
 
     Args:
-        name: "reference" (plain PyTorch), "native" (compiled C++ or CUDA C++) or "triton".
+        name: "reference" (plain PyTorch), "native" (compiled C++ or CUDA C++) or "triton"; ops
+            that have no Triton kernel then run as usual.
 
     Raises:
         ValueError: the name is none of these.
@@ -41,25 +43,54 @@ def forced_backend() -> str | None:
     return _forced.get()
 
 
-def runs_native(op: str, *tensors: torch.Tensor | None) -> bool:
-    """Whether the CPU implementation of `op` should call its native kernel for these tensors.
+def native_kernels(op: str, *tensors: torch.Tensor | None) -> ModuleType | None:
+    """The module of compiled kernels that should run `op` on these tensors, None: the reference.
+
+    Args:
+        op: name for error messages.
+        tensors: the arguments; None entries are skipped. The first gives the device.
 
     Raises:
-        RuntimeError: a backend was forced that cannot run the op.
+        RuntimeError: the native backend was forced and cannot run the op.
     """
     forced = _forced.get()
     if forced == "reference":
-        return False
-    if forced == "triton":
-        raise RuntimeError(f"{op}: the triton backend has no CPU implementation")
-    unsupported = {t.dtype for t in tensors if t is not None} - NATIVE_DTYPES
-    if not unsupported and _native.available():
-        return True
-    if forced == "native":
-        reason = (
-            f"dtype {sorted(map(str, unsupported))[0]} is computed by the reference"
-            if unsupported
-            else _native.unavailable_reason()
-        )
+        return None
+    given = [t for t in tensors if t is not None]
+    unsupported = sorted(str(t.dtype) for t in given if t.dtype not in NATIVE_DTYPES)
+    if unsupported:
+        kernels, reason = None, f"dtype {unsupported[0]} is computed by the reference"
+    else:
+        kernels, reason = _native.for_device(given[0].device)
+    if kernels is None and forced == "native":
         raise RuntimeError(f"{op}: the native backend was forced but cannot run: {reason}")
-    return False
+    return kernels
+
+
+def triton_kernels(
+    function: str,
+    tensors: Mapping[str, torch.Tensor | None],
+    deltas: Sequence[torch.Tensor] | None = None,
+) -> ModuleType | None:
+    """The package of Triton kernels if its launcher `function` should run, else None.
+
+    CPU tensors take it only where it is forced and Triton interprets (TRITON_INTERPRET=1).
+
+    Args:
+        function: name of the launcher in `fastmerge.kernels`.
+        tensors: its tensor arguments by name, activations or logits first.
+        deltas: its K deltas.
+
+    Raises:
+        RuntimeError: the Triton backend was forced and cannot run the op.
+    """
+    forced = _forced.get()
+    on_gpu = next(iter(tensors.values())).is_cuda
+    if forced in ("reference", "native") or not (on_gpu or forced == "triton"):
+        return None
+    from . import kernels  # here, so that the CPU never looks for Triton
+
+    able, reason = kernels.supports(function, tensors, deltas)
+    if not able and forced == "triton":
+        raise RuntimeError(f"the triton backend was forced but cannot run: {reason}")
+    return kernels if able else None

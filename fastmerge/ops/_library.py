@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastmerge", "DEF")
-REGISTERED: dict[str, bool] = {}  # every op, and whether it has a CPU implementation of its own
+REGISTERED: dict[str, bool] = {}  # every op, and whether it has compiled kernels
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def register(
-    schema: str, *, reference: Callable, fake: Callable, cpu: Callable | None = None
+    schema: str, *, reference: Callable, fake: Callable, compiled: Callable | None = None
 ) -> None:
-    """Define one op: the reference serves every device, `cpu` replaces it there.
+    """Define one op: the reference serves every device, `compiled` replaces it.
 
     Args:
         schema: the op's schema, for example "weighted_sum(Tensor base, ...) -> Tensor". Without
@@ -25,15 +25,17 @@ def register(
             formulas of ops with tensor lists then find too few inputs.
         reference: plain PyTorch implementation; fallback everywhere and oracle of the tests.
         fake: shape, dtype and device rules; runs for meta and fake tensors.
-        cpu: implementation for CPU tensors, free to call the reference.
+        compiled: implementation for CPU and CUDA tensors by compiled kernels, which calls the
+            reference where they cannot run.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if cpu is not None:
-        LIBRARY.impl(name, cpu, "CPU")
+    if compiled is not None:
+        LIBRARY.impl(name, compiled, "CPU")
+        LIBRARY.impl(name, compiled, "CUDA")
     torch.library.register_fake(f"fastmerge::{name}", fake, lib=LIBRARY)
-    REGISTERED[name] = cpu is not None
+    REGISTERED[name] = compiled is not None
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
@@ -63,11 +62,12 @@ def _reference(grad, deltas, base):
     )
 
 
-def _cpu(grad, deltas, base):
-    if not runs_native("coefficient_grad", grad, deltas[0] if deltas else grad, base):
+def _compiled(grad, deltas, base):
+    kernels = native_kernels("coefficient_grad", grad, *deltas[:1], base)
+    if kernels is None:
         return _reference(grad, deltas, base)
     _check(grad, deltas, base)
-    dots = _native.coefficient_grad(
+    dots = kernels.coefficient_grad(
         [grad.contiguous()],
         None if base is None else [base.contiguous()],
         [[d.contiguous() for d in deltas]],
@@ -83,7 +83,7 @@ def _fake(grad, deltas, base):
 register(
     "coefficient_grad(Tensor grad_weight, Tensor[] deltas, Tensor? base) -> Tensor",
     reference=_reference,
-    cpu=_cpu,
+    compiled=_compiled,
     fake=_fake,
 )
 register_no_gradient("coefficient_grad")

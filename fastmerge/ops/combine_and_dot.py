@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     check_coefficients,
@@ -72,13 +71,14 @@ def _reference(base, deltas, coefficients, grad, experts, dtype):
     return merged, dots.to(accumulate)
 
 
-def _cpu(base, deltas, coefficients, grad, experts, dtype):
+def _compiled(base, deltas, coefficients, grad, experts, dtype):
     first = deltas[0] if deltas else base
-    merged = torch.empty(base.shape, dtype=dtype or base.dtype)
-    if not runs_native("combine_and_dot", base, first, coefficients, grad, merged):
+    merged = base.new_empty(base.shape, dtype=dtype or base.dtype)
+    kernels = native_kernels("combine_and_dot", base, first, coefficients, grad, merged)
+    if kernels is None:
         return _reference(base, deltas, coefficients, grad, experts, dtype)
     _check(base, deltas, coefficients, grad)
-    dots = _native.combine_and_dot(
+    dots = kernels.combine_and_dot(
         base.contiguous(),
         [d.contiguous() for d in deltas],
         coefficients.float().contiguous(),
@@ -102,7 +102,7 @@ register(
     "combine_and_dot(Tensor base, Tensor[] deltas, Tensor coefficients, Tensor grad_weight, "
     "bool experts, ScalarType? dtype) -> (Tensor, Tensor)",
     reference=_reference,
-    cpu=_cpu,
+    compiled=_compiled,
     fake=_fake,
 )
 register_no_gradient("combine_and_dot")

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
@@ -162,12 +161,13 @@ def _reference(delta, base, level, prefix, double):
     return torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=BINS)
 
 
-def _cpu(delta, base, level, prefix, double):
-    if double or not runs_native("magnitude_histogram", delta, base):
+def _compiled(delta, base, level, prefix, double):
+    kernels = None if double else native_kernels("magnitude_histogram", delta, base)
+    if kernels is None:
         return _reference(delta, base, level, prefix, double)
     _check(delta, base, level, prefix, double)
-    counts = torch.zeros(BINS, dtype=torch.int64)
-    _native.magnitude_histogram(
+    counts = torch.zeros(BINS, dtype=torch.int64, device=delta.device)
+    kernels.magnitude_histogram(
         None if base is None else base.contiguous(),
         delta.contiguous(),
         level,
@@ -186,7 +186,7 @@ def _fake(delta, base, level, prefix, double):
 register(
     "magnitude_histogram(Tensor delta, Tensor? base, int level, int prefix, bool double) -> Tensor",
     reference=_reference,
-    cpu=_cpu,
+    compiled=_compiled,
     fake=_fake,
 )
 register_no_gradient("magnitude_histogram")

@@ -1,16 +1,18 @@
 """`merged_linear`: y = x W^T + b with W = base + sum_k lambda_k tau_k, which is never built whole.
 
-The CPU runs the panel strategy (`_panel.py`).
+The CPU runs the panel strategy (`_panel.py`). On a GPU the cost model (`_strategy.py`) chooses
+between panel, fused (Triton, few rows) and stacked (Triton, row coefficients).
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import forced_backend, native_kernels, triton_kernels
 from ._library import (
     accumulate_dtype,
     as_rows,
@@ -25,6 +27,7 @@ from ._library import (
     unpack_deltas,
 )
 from ._panel import PanelLinear
+from ._strategy import Problem, choose, device_rates
 
 
 def merged_linear(
@@ -119,6 +122,42 @@ def _reference(x, base, deltas, coefficients, bias, experts, transpose):
     return y.to(x.dtype)
 
 
+def _as_rows(tensor: Tensor) -> Tensor:
+    """[..., n] as [R, n], also where n is 0."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _strategy(x, base, deltas, coefficients) -> tuple[str | None, ModuleType | None]:
+    """The strategy to run and the kernels it runs on; (None, None) for the reference."""
+    rowwise = coefficients.dim() > 1
+    kernels: dict[str, ModuleType | None] = {}
+    tensors = {"x": _as_rows(x), "base": base}
+    function = "row_linear_forward" if rowwise else "merged_linear_forward"
+    kernels["stacked" if rowwise else "fused"] = triton_kernels(function, tensors, deltas)
+    if not rowwise and forced_backend() != "triton":
+        kernels["panel"] = native_kernels("merged_linear", x, base, deltas[0], coefficients)
+    able = frozenset(name for name, module in kernels.items() if module is not None)
+    if x.is_cuda and able:
+        problem = Problem(
+            rows=x.shape[:-1].numel(),
+            weights=base.numel(),
+            experts=len(deltas),
+            base_bytes=base.element_size(),
+            delta_bytes=deltas[0].element_size(),
+            x_bytes=x.element_size(),
+            row_coefficients=rowwise,
+        )
+        chosen = choose(problem, device_rates(x.get_device(), x.dtype), able)
+    else:
+        chosen = next(iter(able), None)
+    return chosen, kernels.get(chosen)
+
+
+def _tf32() -> bool:
+    """torch's own switch decides whether fp32 products may run in tf32."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose) -> PanelLinear:
     return PanelLinear(
         kernels,
@@ -131,13 +170,21 @@ def _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose) ->
     )
 
 
-def _cpu(x, base, deltas, coefficients, bias, experts, transpose):
-    first = deltas[0] if deltas else base
-    if coefficients.dim() != 1 or not runs_native("merged_linear", x, base, first, coefficients):
-        return _reference(x, base, deltas, coefficients, bias, experts, transpose)
+def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
     _check(x, base, deltas, coefficients, bias, transpose)
-    panels = _panel_linear(_native, x, base, deltas, coefficients, experts, transpose)
-    y = panels.forward(as_rows(x), None if bias is None else bias.to(x.dtype))
+    strategy, kernels = _strategy(x, base, deltas, coefficients)
+    if strategy is None:
+        return _reference(x, base, deltas, coefficients, bias, experts, transpose)
+    rows = _as_rows(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if strategy == "panel":
+        panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
+        y = panels.forward(rows, bias)
+    else:
+        fused = strategy == "fused"
+        launch = kernels.merged_linear_forward if fused else kernels.row_linear_forward
+        lam = (coefficients if fused else _as_rows(coefficients)).float()
+        y = launch(rows, base, deltas, lam, bias, experts, transpose, _tf32())
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -173,7 +220,7 @@ register(
     "merged_linear(Tensor x, Tensor base, Tensor[] deltas, Tensor coefficients, "
     "Tensor? bias, bool experts, bool transpose) -> Tensor",
     reference=_reference,
-    cpu=_cpu,
+    compiled=_compiled,
     fake=_fake,
 )
 register_gradient("merged_linear", _backward, _setup_context)
@@ -221,21 +268,38 @@ def _backward_reference(
     return grad_x, grad_lam
 
 
-def _backward_cpu(
+def _backward_compiled(
     grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
 ):
-    first = deltas[0] if deltas else base
-    if coefficients.dim() != 1 or not runs_native("merged_linear", x, base, first, coefficients):
+    _backward_check(grad, x, base, deltas, coefficients, transpose)
+    strategy, kernels = _strategy(x, base, deltas, coefficients)
+    if strategy is None:
         return _backward_reference(
             grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
         )
-    _backward_check(grad, x, base, deltas, coefficients, transpose)
-    panels = _panel_linear(_native, x, base, deltas, coefficients, experts, transpose)
-    dy, rows = (as_rows(t) for t in (grad, x))
-    dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
+    dy, rows = _as_rows(grad), _as_rows(x)
+    dx = dlam = None
+    if strategy == "panel":
+        panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
+        dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
+    elif strategy == "stacked":
+        lam = _as_rows(coefficients).float()
+        dx, dlam = kernels.row_linear_backward(
+            dy, rows, base, deltas, lam, experts, transpose, _tf32()
+        )
+    else:
+        if need_x:
+            dx = kernels.merged_linear_backward_x(
+                dy, base, deltas, coefficients.float(), experts, transpose, _tf32()
+            )
+        if need_coefficients:
+            origin = base if experts else None
+            dlam = kernels.linear_coefficient_grad(dy, rows, origin, deltas, transpose, _tf32())
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
-        dlam.float() if need_coefficients else x.new_empty(0, dtype=torch.float32),
+        dlam.float().view(coefficients.shape)
+        if need_coefficients
+        else x.new_empty(0, dtype=torch.float32),
     )
 
 
@@ -255,7 +319,7 @@ register(
     "Tensor coefficients, bool experts, bool transpose, bool need_x, bool need_coefficients) "
     "-> (Tensor, Tensor)",
     reference=_backward_reference,
-    cpu=_backward_cpu,
+    compiled=_backward_compiled,
     fake=_backward_fake,
 )
 register_no_gradient("merged_linear_backward")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import native_kernels, triton_kernels
 from ._library import (
     accumulate_dtype,
     check_float,
@@ -54,13 +53,17 @@ def _reference(logits):
     return -torch.where(p == 0, 0, p * log_p).sum(-1)
 
 
-def _cpu(logits):
-    if not runs_native("softmax_entropy", logits):
-        return _reference(logits)
+def _compiled(logits):
+    """Native on the CPU, Triton on a GPU: there is no CUDA C++ kernel for this op."""
     _check(logits)
-    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
-    entropy, _ = _native.softmax_entropy(rows)
-    return entropy.view(logits.shape[:-1])
+    rows = logits.reshape(-1, logits.shape[-1])
+    kernels = triton_kernels("softmax_entropy_forward", {"logits": rows})
+    if kernels is not None:
+        return kernels.softmax_entropy_forward(rows)[0].view(logits.shape[:-1])
+    kernels = native_kernels("softmax_entropy", logits) if logits.device.type == "cpu" else None
+    if kernels is None:
+        return _reference(logits)
+    return kernels.softmax_entropy(rows.contiguous())[0].view(logits.shape[:-1])
 
 
 def _fake(logits):
@@ -76,7 +79,9 @@ def _backward(ctx, grad):
     return torch.ops.fastmerge.softmax_entropy_backward(grad, ctx.saved_tensors[0])
 
 
-register("softmax_entropy(Tensor logits) -> Tensor", reference=_reference, cpu=_cpu, fake=_fake)
+register(
+    "softmax_entropy(Tensor logits) -> Tensor", reference=_reference, compiled=_compiled, fake=_fake
+)
 register_gradient("softmax_entropy", _backward, _setup_context)
 
 
@@ -100,16 +105,21 @@ def _backward_reference(grad, logits):
     return (slope * grad.unsqueeze(-1).to(slope.dtype)).to(logits.dtype)
 
 
-def _backward_cpu(grad, logits):
-    if not runs_native("softmax_entropy", logits):
-        return _backward_reference(grad, logits)
+def _backward_compiled(grad, logits):
     _backward_check(grad, logits)
-    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
-    entropy, log_normalizer = _native.softmax_entropy(rows)
-    grad_logits = _native.softmax_entropy_backward(
-        rows, entropy, log_normalizer, grad.float().reshape(-1).contiguous()
-    )
-    return grad_logits.view(logits.shape)
+    rows = logits.reshape(-1, logits.shape[-1])
+    slope = grad.float().reshape(-1).contiguous()
+    kernels = triton_kernels("softmax_entropy_backward", {"logits": rows})
+    if kernels is not None:
+        entropy, normalizer = kernels.softmax_entropy_forward(rows)
+        grad_logits = kernels.softmax_entropy_backward(slope, rows, entropy, normalizer)
+        return grad_logits.view(logits.shape)
+    kernels = native_kernels("softmax_entropy", logits) if logits.device.type == "cpu" else None
+    if kernels is None:
+        return _backward_reference(grad, logits)
+    rows = rows.contiguous()
+    entropy, log_normalizer = kernels.softmax_entropy(rows)
+    return kernels.softmax_entropy_backward(rows, entropy, log_normalizer, slope).view(logits.shape)
 
 
 def _backward_fake(grad, logits):
@@ -120,7 +130,7 @@ def _backward_fake(grad, logits):
 register(
     "softmax_entropy_backward(Tensor grad, Tensor logits) -> Tensor",
     reference=_backward_reference,
-    cpu=_backward_cpu,
+    compiled=_backward_compiled,
     fake=_backward_fake,
 )
 register_no_gradient("softmax_entropy_backward")

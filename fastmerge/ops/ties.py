@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
@@ -228,15 +227,16 @@ def _out_reference(out, deltas, thresholds, base, experts, add_base, merge, scal
     return election
 
 
-def _out_cpu(out, deltas, thresholds, base, experts, add_base, merge, scaling, majority):
-    if not deltas or not runs_native("ties_merge", deltas[0], base, thresholds, out):
+def _out_compiled(out, deltas, thresholds, base, experts, add_base, merge, scaling, majority):
+    kernels = native_kernels("ties_merge", out, *deltas[:1], base, thresholds)
+    if kernels is None:
         return _out_reference(
             out, deltas, thresholds, base, experts, add_base, merge, scaling, majority
         )
     _check_merge(deltas, thresholds, base, experts, add_base, merge, majority)
     _check_out(out, deltas)
-    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
-    election = _native.ties_merge(
+    target = out if out.is_contiguous() else out.new_empty(out.shape)
+    election = kernels.ties_merge(
         None if base is None else base.contiguous(),
         [d.contiguous() for d in deltas],
         thresholds.float().contiguous(),
@@ -262,7 +262,7 @@ register(
     "ties_merge_out(Tensor(a!) out, Tensor[] deltas, Tensor thresholds, Tensor? base, "
     "bool experts, bool add_base, str merge, float scaling, int majority) -> Tensor",
     reference=_out_reference,
-    cpu=_out_cpu,
+    compiled=_out_compiled,
     fake=_out_fake,
 )
 
@@ -283,12 +283,14 @@ def _masks_reference(deltas, thresholds, base, experts, majority):
     return torch.stack(rows), election
 
 
-def _masks_cpu(deltas, thresholds, base, experts, majority):
-    if not deltas or not runs_native("ties_masks", deltas[0], base, thresholds):
+def _masks_compiled(deltas, thresholds, base, experts, majority):
+    kernels = native_kernels("ties_masks", thresholds, *deltas[:1], base)
+    if kernels is None:
         return _masks_reference(deltas, thresholds, base, experts, majority)
     _check("ties_masks", deltas, thresholds, base, experts, majority)
-    masks = torch.empty(len(deltas), (deltas[0].numel() + 7) // 8, dtype=torch.uint8)
-    election = _native.ties_masks(
+    shape = (len(deltas), (deltas[0].numel() + 7) // 8)
+    masks = deltas[0].new_empty(shape, dtype=torch.uint8)
+    election = kernels.ties_masks(
         None if base is None else base.contiguous(),
         [d.contiguous() for d in deltas],
         thresholds.float().contiguous(),
@@ -311,7 +313,7 @@ register(
     "ties_masks(Tensor[] deltas, Tensor thresholds, Tensor? base, bool experts, int majority) "
     "-> (Tensor, Tensor)",
     reference=_masks_reference,
-    cpu=_masks_cpu,
+    compiled=_masks_compiled,
     fake=_masks_fake,
 )
 register_no_gradient("ties_masks")

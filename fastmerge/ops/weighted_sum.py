@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..backends import runs_native
+from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
@@ -97,12 +96,13 @@ def _reference(base, deltas, coefficients, experts, dtype):
     return total.to(dtype or base.dtype)
 
 
-def _cpu(base, deltas, coefficients, experts, dtype):
-    out = torch.empty(base.shape, dtype=dtype or base.dtype)
-    if not runs_native("weighted_sum", base, deltas[0] if deltas else base, coefficients, out):
+def _compiled(base, deltas, coefficients, experts, dtype):
+    out = base.new_empty(base.shape, dtype=dtype or base.dtype)
+    kernels = native_kernels("weighted_sum", base, *deltas[:1], coefficients, out)
+    if kernels is None:
         return _reference(base, deltas, coefficients, experts, dtype)
     _check(base, deltas, coefficients)
-    _native.weighted_sum(
+    kernels.weighted_sum(
         [base.contiguous()],
         [[d.contiguous() for d in deltas]],
         coefficients.float().reshape(1, -1).contiguous(),
@@ -126,7 +126,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    deltas, base = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks it only once
+    deltas, base = saved[: ctx.count], saved[ctx.count :]
     dots = torch.ops.fastmerge.coefficient_grad(grad, deltas, base[0] if base else None)
     return None, [None] * ctx.count, dots.to(ctx.coefficient_dtype), None, None
 
@@ -135,7 +136,7 @@ register(
     "weighted_sum(Tensor base, Tensor[] deltas, Tensor coefficients, bool experts, "
     "ScalarType? dtype) -> Tensor",
     reference=_reference,
-    cpu=_cpu,
+    compiled=_compiled,
     fake=_fake,
 )
 register_gradient("weighted_sum", _backward, _setup_context)
@@ -181,18 +182,20 @@ def _out_reference(outs, bases, deltas, coefficients, experts):
         out.copy_(_reference(base, row, lam, experts, out.dtype))
 
 
-def _out_cpu(outs, bases, deltas, coefficients, experts):
+def _out_compiled(outs, bases, deltas, coefficients, experts):
     rows = _rows_of_deltas(outs, bases, deltas, coefficients)
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    groups: dict[tuple, list[int]] = {}
     for i, (out, base, row) in enumerate(zip(outs, bases, rows, strict=True)):
-        if runs_native("weighted_sum_out", out, base, row[0], coefficients):
-            groups.setdefault((out.dtype, base.dtype, row[0].dtype), []).append(i)
+        kernels = native_kernels("weighted_sum_out", out, base, row[0], coefficients)
+        if kernels is not None:
+            group = (kernels, out.device, out.dtype, base.dtype, row[0].dtype)
+            groups.setdefault(group, []).append(i)
         else:
             out.copy_(_reference(base, row, coefficients[i], experts, out.dtype))
     lam = coefficients.float().contiguous()
-    for members in groups.values():
+    for (kernels, *_), members in groups.items():
         targets = [outs[i] if outs[i].is_contiguous() else outs[i].contiguous() for i in members]
-        _native.weighted_sum(
+        kernels.weighted_sum(
             [bases[i].contiguous() for i in members],
             [[d.contiguous() for d in rows[i]] for i in members],
             lam if len(members) == len(outs) else lam[members],
@@ -212,6 +215,6 @@ register(
     "weighted_sum_out(Tensor(a!)[] outs, Tensor[] bases, Tensor[] deltas, Tensor coefficients, "
     "bool experts) -> ()",
     reference=_out_reference,
-    cpu=_out_cpu,
+    compiled=_out_compiled,
     fake=_out_fake,
 )
