@@ -22,6 +22,11 @@ from .ops import softmax_entropy
 
 Logits = Callable[[Any], Tensor]
 
+NO_GRADIENT = (
+    "step {step}: no gradient reaches the coefficients. Does the model hold merged weights, do "
+    "heads and objective keep the graph, and is activation checkpointing non-reentrant "
+    "(use_reentrant=False)?"
+)
 COLLAPSE_WINDOW = 20  # steps over which predicted classes are counted
 
 
@@ -160,7 +165,7 @@ def learn(
                 break
             stepper.zero_grad(set_to_none=True)
             losses, logits = runner.step({t: streams[t].next() for t in tasks}, step)
-            _check_finite_gradients(parameters, step)
+            _check_gradients(parameters, step)
             stepper.step()
             history.loss.append(sum(losses.values()))
             for task in tasks:
@@ -195,7 +200,9 @@ def _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_ever
         raise ValueError(f"patience must be at least 1, got {patience}")
 
 
-def _check_finite_gradients(parameters: list[nn.Parameter], step: int) -> None:
+def _check_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    if all(parameter.grad is None for parameter in parameters):
+        raise RuntimeError(NO_GRADIENT.format(step=step))
     for parameter in parameters:
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             raise FloatingPointError(
@@ -266,7 +273,10 @@ class _Runner:
                     f"step {step}: the loss of task {task!r} is {losses[task].item()}; "
                     "coefficients were left as they are"
                 )
-        sum(losses.values()).backward()
+        total = sum(losses.values())
+        if not total.requires_grad:
+            raise RuntimeError(NO_GRADIENT.format(step=step))
+        total.backward()
         values = {task: float(loss.detach()) for task, loss in losses.items()}
         return values, {task: value.detach() for task, value in logits.items()}
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import fastmerge as fm
 from fastmerge.learning import CollapseWarning, ShuffledBatches
@@ -237,6 +238,42 @@ def test_other_parameters_are_frozen_meanwhile(setting):
     )
     assert not any(seen) and len(seen) == 6
     assert model[0].weight.requires_grad and model[0].weight.grad is None
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, net, reentrant):
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+def test_activation_checkpointing(setting):
+    model, experts, data = setting
+    x = data["a"]
+    coefficients = fm.attach(model, experts)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), [coefficients.raw])
+    y = _Checkpointed(model, reentrant=False)(x)
+    (ours,) = torch.autograd.grad(y.square().sum(), [coefficients.raw])
+    torch.testing.assert_close(ours, expected)
+    # reentrant: gradients exist only where an input requires grad; otherwise learn refuses
+    _Checkpointed(model, reentrant=True)(x.clone().requires_grad_()).square().sum().backward()
+    torch.testing.assert_close(coefficients.raw.grad, expected)
+    reentrant = _Checkpointed(model, reentrant=True)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(RuntimeError, match="no gradient reaches the coefficients"),
+    ):
+        warnings.simplefilter("ignore")
+        fm.learn(reentrant, coefficients, _batches(data), steps=1)
+
+
+def test_model_without_merged_weights(setting):
+    model, experts, data = setting
+    coefficients = fm.attach(model, experts)
+    with pytest.raises(RuntimeError, match="no gradient reaches the coefficients"):
+        fm.learn(fm.detach(model), coefficients, _batches(data), steps=1)
 
 
 def test_arguments_that_do_not_fit(setting):
