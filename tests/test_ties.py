@@ -21,7 +21,6 @@ from .samples import (
     make_deltas,
     random,
     raw,
-    task_vectors,
 )
 from .ties_oracle import ties_oracle
 from .tolerances import assert_no_worse_than_eager

@@ -230,8 +230,11 @@ def _backward_check(grad, x, base, deltas, coefficients, transpose):
     _check(x, base, deltas, coefficients, None, transpose)
     expected = [*x.shape[:-1], base.shape[1 if transpose else 0]]
     torch._check(
-        list(grad.shape) == expected,
-        lambda: f"merged_linear_backward: grad is {list(grad.shape)}, expected {expected}",
+        list(grad.shape) == expected and grad.device == x.device,
+        lambda: (
+            f"merged_linear_backward: grad is {list(grad.shape)} on {grad.device}, "
+            f"expected {expected} on {x.device}"
+        ),
     )
 
 

@@ -88,10 +88,10 @@ register_gradient("softmax_entropy", _backward, _setup_context)
 def _backward_check(grad, logits):
     _check(logits)
     torch._check(
-        grad.shape == logits.shape[:-1],
+        grad.shape == logits.shape[:-1] and grad.device == logits.device,
         lambda: (
-            f"softmax_entropy_backward: grad is {list(grad.shape)}, "
-            f"expected {list(logits.shape[:-1])}"
+            f"softmax_entropy_backward: grad is {list(grad.shape)} on {grad.device}, "
+            f"expected {list(logits.shape[:-1])} on {logits.device}"
         ),
     )
 

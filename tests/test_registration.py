@@ -1,0 +1,277 @@
+"""Every registered op: schema, autograd registration, fake kernel, compilation, error messages.
+
+An op without an entry in CASES fails the suite.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastmerge.ops  # noqa: F401  registers the ops
+from fastmerge.ops._library import REGISTERED
+
+from .samples import grid, random, raw
+
+
+@dataclass
+class Case:
+    """What the tests need of one op.
+
+    Attributes:
+        inputs: argument lists that must work, with the tensors that are differentiable marked.
+        wrong: {what is wrong: (argument list, pattern of the message)} for "dtype" and "shape".
+    """
+
+    inputs: Callable[[], list[list]]
+    wrong: Callable[[], dict[str, tuple[list, str]]] = field(default=dict)
+
+
+BASE = (5, 7)
+
+
+def base(dtype=torch.float32, shape=BASE):
+    return random(shape, dtype, seed=1)
+
+
+def deltas(dtype=torch.float32, shape=BASE, count=3):
+    return [random(shape, dtype, seed=2 + k) for k in range(count)]
+
+
+def lam(count=3, lead=(), wants_grad=False):
+    return random((*lead, count), torch.float32, seed=9).requires_grad_(wants_grad)
+
+
+def x(shape):
+    return random(shape, torch.float32, seed=20)
+
+
+INTEGERS = torch.ones(BASE, dtype=torch.int64)
+SHORT = torch.ones(5, 6)
+BF16 = torch.bfloat16
+
+CASES = {
+    "weighted_sum": Case(
+        lambda: [
+            [base(), deltas(), lam(wants_grad=True), False, None],
+            [base(BF16), deltas(BF16), lam(), True, torch.float32],
+            [base(shape=(0,)), deltas(shape=(0,)), lam(), False, None],
+        ],
+        lambda: {
+            "dtype": ([INTEGERS, deltas(), lam(), False, None], "base must be a floating-point"),
+            "shape": ([SHORT, deltas(), lam(), False, None], r"deltas\[0\] has shape \[5, 7\]"),
+        },
+    ),
+    "weighted_sum_out": Case(
+        lambda: [
+            [
+                [base(), base(BF16)],
+                [base(), base(BF16)],
+                [*deltas(), *deltas(BF16)],
+                lam(3, (2,)),
+                True,
+            ]
+        ],
+        lambda: {
+            "dtype": ([[INTEGERS], [base()], deltas(), lam(3, (1,)), True], r"outs\[0\] must be"),
+            "shape": ([[SHORT], [base()], deltas(), lam(3, (1,)), True], r"outs\[0\] is \[5, 6\]"),
+        },
+    ),
+    "coefficient_grad": Case(
+        lambda: [[base(), deltas(), None], [base(BF16), deltas(BF16), base(BF16)]],
+        lambda: {
+            "dtype": ([base(), [INTEGERS], None], r"deltas\[0\] must be a floating-point"),
+            "shape": ([base(), deltas(), SHORT], r"base is \[5, 6\]"),
+        },
+    ),
+    "combine_and_dot": Case(
+        lambda: [
+            [base(), deltas(), lam(), base(), True, None],
+            [base(), deltas(), lam(), base(BF16), False, BF16],
+        ],
+        lambda: {
+            "dtype": ([base(), deltas(), lam(), INTEGERS, True, None], "grad_weight must be a"),
+            "shape": ([base(), deltas(), lam(), SHORT, True, None], r"grad_weight is \[5, 6\]"),
+        },
+    ),
+    "merged_linear": Case(
+        lambda: [
+            [
+                x((2, 3, 7)).requires_grad_(),
+                base(),
+                deltas(),
+                lam(wants_grad=True),
+                x((5,)).requires_grad_(),
+                True,
+                False,
+            ],
+            [x((4, 5)), base(), deltas(), lam(), None, False, True],
+            [x((4, 7)), base(), deltas(), lam(3, (4,), True), None, True, False],
+        ],
+        lambda: {
+            "dtype": (
+                [INTEGERS, base(), deltas(), lam(), None, True, False],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [SHORT, base(), deltas(), lam(), None, True, False],
+                r"x is \[5, 6\] on (cpu|meta), expected \[\.\.\., 7\]",
+            ),
+        },
+    ),
+    "merged_linear_backward": Case(
+        lambda: [
+            [x((4, 5)), x((4, 7)), base(), deltas(), lam(), True, False, need_x, need_lam]
+            for need_x, need_lam in ((True, True), (True, False), (False, True))
+        ],
+        lambda: {
+            "dtype": (
+                [x((5, 5)), INTEGERS, base(), deltas(), lam(), True, False, True, True],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [x((5, 4)), base(), base(), deltas(), lam(), True, False, True, True],
+                r"grad is \[5, 4\] on (cpu|meta), expected \[5, 5\]",
+            ),
+        },
+    ),
+    "softmax_entropy": Case(
+        lambda: [[base().requires_grad_()], [base(BF16, (2, 3, 4))]],
+        lambda: {
+            "dtype": ([INTEGERS], "logits must be a floating-point tensor, got torch.int64"),
+            "shape": ([torch.ones(3, 0)], r"logits has shape \[3, 0\]"),
+        },
+    ),
+    "softmax_entropy_backward": Case(
+        lambda: [[torch.ones(5), base()]],
+        lambda: {
+            "dtype": ([torch.ones(5), INTEGERS], "logits must be a floating-point tensor"),
+            "shape": ([torch.ones(4), base()], r"grad is \[4\] on (cpu|meta), expected \[5\]"),
+        },
+    ),
+    "magnitude_histogram": Case(
+        lambda: [
+            [base(), None, 0, 0, False],
+            [base(BF16), base(BF16), 1, 32000, False],
+            [base(torch.float64), None, 3, 0, True],
+        ],
+        lambda: {
+            "dtype": ([INTEGERS, None, 0, 0, False], "delta must be a floating-point tensor"),
+            "shape": ([base(), SHORT, 0, 0, False], r"base is \[5, 6\]"),
+        },
+    ),
+    "ties_merge_out": Case(
+        lambda: [
+            [base(dtype), deltas(), torch.ones(3), base(), experts, True, merge, 0.5, 1]
+            for dtype, experts, merge in ((BF16, True, "mean"), (torch.float32, False, "max"))
+        ],
+        lambda: {
+            "dtype": (
+                [INTEGERS, deltas(), torch.ones(3), None, False, False, "sum", 1.0, 0],
+                "out must be a floating-point tensor",
+            ),
+            "shape": (
+                [SHORT, deltas(), torch.ones(3), None, False, False, "sum", 1.0, 0],
+                r"out is \[5, 6\]",
+            ),
+        },
+    ),
+    "ties_masks": Case(
+        lambda: [
+            [deltas(), torch.ones(3), None, False, 0],
+            [[grid(BASE, BF16, seed=k) for k in range(4)], torch.zeros(4), base(BF16), True, -1],
+        ],
+        lambda: {
+            "dtype": ([[INTEGERS], torch.ones(1), None, False, 0], r"deltas\[0\] must be a"),
+            "shape": ([deltas(), torch.ones(2), None, False, 0], r"thresholds is \[2\]"),
+        },
+    ),
+}
+
+
+def op(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.fastmerge, name).default
+
+
+def to_meta(arguments: list) -> list:
+    return tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, arguments)
+
+
+def tensors_after(function: Callable, arguments: list) -> list[Tensor]:
+    """Results of a call and its arguments after it, so that mutations are compared too."""
+    arguments = copy.deepcopy(arguments)
+    result = function(*arguments)
+    return [t.detach() for t in tree_leaves((result, arguments)) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_op_has_a_case(name):
+    assert name in CASES, f"add inputs and wrong inputs for {name} to CASES"
+    assert set(CASES[name].wrong()) == {"dtype", "shape"}
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n in CASES])
+def test_opcheck(name):
+    for arguments in CASES[name].inputs():
+        torch.library.opcheck(op(name), arguments)
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n in CASES])
+def test_compiled_results_have_the_same_bytes(name):
+    for arguments in CASES[name].inputs():
+        torch._dynamo.reset()
+        compiled = torch.compile(op(name), fullgraph=True, backend="aot_eager")
+        expected, found = (tensors_after(f, arguments) for f in (op(name), compiled))
+        assert [raw(t) for t in expected] == [raw(t) for t in found]
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n in CASES])
+def test_meta_tensors_give_shapes_and_dtypes(name):
+    for arguments in CASES[name].inputs():
+        real, meta = tree_leaves(op(name)(*arguments)), tree_leaves(op(name)(*to_meta(arguments)))
+        assert len(real) == len(meta)
+        for a, b in zip(real, meta, strict=True):
+            if isinstance(a, Tensor):
+                assert b.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("convert", [list, to_meta], ids=["cpu", "meta"])
+@pytest.mark.parametrize("kind", ["dtype", "shape"])
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n in CASES])
+def test_wrong_inputs_are_named(name, kind, convert):
+    arguments, message = CASES[name].wrong()[kind]
+    family = name.removesuffix("_out").removesuffix("_backward")
+    with pytest.raises(RuntimeError, match=f"{family}.*{message}"):
+        op(name)(*convert(arguments))
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n in CASES])
+def test_tensors_of_two_devices_are_refused(name):
+    """All but the first tensor moved to the meta device."""
+    for arguments in CASES[name].inputs():
+        leaves = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        if len(leaves) < 2:
+            continue
+        moved = tree_map(
+            lambda a, first=leaves[0]: (
+                a.to("meta") if isinstance(a, Tensor) and a is not first else a
+            ),
+            arguments,
+        )
+        with pytest.raises(RuntimeError, match=r"(on|device).*(meta|cpu)"):
+            op(name)(*moved)
+
+
+def test_poisoned_memory_reaches_the_package_and_nobody_else():
+    inside = eval("lambda torch: torch.empty(3)", {"__name__": "fastmerge.somewhere"})
+    assert inside(torch).isnan().all()
+    counts = eval("lambda torch: torch.zeros(3).new_empty(3, dtype=int)", {"__name__": "fastmerge"})
+    assert (counts(torch) == torch.iinfo(torch.int64).max).all()
+    outside = torch.zeros(3)
+    assert torch.empty_like(outside).shape == (3,)
