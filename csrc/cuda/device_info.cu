@@ -14,7 +14,7 @@ __global__ void probe_kernel(ProbeParams params) {
 
 }  // namespace
 
-cudaError_t probe(const ProbeParams& params, cudaStream_t stream) {
+cudaError_t probe(ProbeParams params, cudaStream_t stream) {
   probe_kernel<<<1, 1, 0, stream>>>(params);
   return cudaGetLastError();
 }

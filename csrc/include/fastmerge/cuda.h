@@ -1,7 +1,14 @@
 // Parameters and launchers of the CUDA kernels.
 //
-// A launcher takes its parameters and a stream and returns cudaError_t. It never allocates,
-// synchronises or throws; checks, allocation and the current device belong to the caller.
+// A launcher takes its parameters by value and a stream and returns cudaError_t. It never
+// allocates, synchronises or throws, so it can be captured in a CUDA graph; checks, allocation and
+// the current device belong to the caller. Arrays of addresses and sizes live on the host and are
+// read before the launcher returns; everything they point to, coefficients, thresholds, results
+// and scratch live on the device. Data needs only the alignment of its element type; addresses
+// that are multiples of 16 bytes run faster.
+//
+// Arithmetic, blocks and the order of additions are those of the CPU kernels: the same bytes for
+// any launch configuration, device and run.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,12 +16,120 @@
 
 namespace fastmerge::cuda {
 
+// Elements of one unit of work, as on the CPU.
+constexpr int64_t kBlock = 8192;
+
+static inline int64_t block_count(int64_t size) { return (size + kBlock - 1) / kBlock; }
+
+// Most deltas of one tensor: their addresses travel in the 4 KiB of kernel arguments.
+constexpr int64_t kMaxDeltas = 256;
+
 // arch[0] = the architecture whose code runs on the current device, e.g. 900.
 struct ProbeParams {
   int32_t* arch;  // [1], on the device
 };
 
-cudaError_t probe(const ProbeParams& params, cudaStream_t stream);
+// L tensors and their K deltas each; tau_lk = deltas[l, k] - bases[l] when `experts`, else
+// deltas[l, k]. A null base stands for zeros and is allowed only without `experts`.
+struct TensorList {
+  const int64_t* sizes;       // [L]
+  const void* const* bases;   // [L]
+  const void* const* deltas;  // [L, K]
+  int64_t count;              // L
+  int64_t k;                  // K
+  int base_dtype;
+  int delta_dtype;
+  bool experts;
+};
+
+// outs[l] = bases[l] + sum_k coefficients[l, k] * tau_lk; outs[l] may be bases[l].
+struct WeightedSumParams {
+  TensorList tensors;
+  const float* coefficients;  // [L, K]
+  void* const* outs;          // [L]
+  int out_dtype;
+  int multiprocessors;
+};
+
+// dots[l, k] = <grads[l], tau_lk>.
+struct CoefficientGradParams {
+  TensorList tensors;
+  const void* const* grads;  // [L]
+  double* dots;              // [L, K]
+  double* scratch;           // [total blocks, K]
+  int grad_dtype;
+  int multiprocessors;
+};
+
+// outs and dots of the two kernels above; outs[l] may be bases[l] but not grads[l]. Reads its
+// inputs once for K <= 8 and twice for more.
+struct CombineAndDotParams {
+  TensorList tensors;
+  const float* coefficients;  // [L, K]
+  const void* const* grads;   // [L]
+  void* const* outs;          // [L]
+  double* dots;               // [L, K]
+  double* scratch;            // [total blocks, K]
+  int grad_dtype;
+  int out_dtype;
+  int multiprocessors;
+};
+
+constexpr int64_t kHistogramBins = 65536;
+
+// Adds to counts. With u the 31 bits of the fp32 |tau|: level 0 counts u >> 15; level 1 counts
+// u & 0x7fff among the entries whose u >> 15 is `prefix`.
+struct MagnitudeHistogramParams {
+  const void* base;  // null without experts
+  const void* delta;
+  unsigned long long* counts;  // [kHistogramBins]
+  int64_t size;
+  int64_t prefix;
+  int level;
+  int base_dtype;
+  int delta_dtype;
+  bool experts;
+  int multiprocessors;
+};
+
+// How TIES joins the values that agree with the elected sign.
+enum class Merge { kMean = 0, kSum = 1, kMax = 2 };
+
+// x_k = |tau_k| >= thresholds[k] ? tau_k : 0; S = sum_k x_k; s = sign(S), or `majority` where S is
+// zero or NaN; an x_k is selected when it is positive (s > 0) or negative (otherwise).
+// out = scaling * merge of the selected x_k, on top of base when add_base.
+// stats[0] gets the sum of sign(S), stats[1] the number of entries with S = 0 and some x_k != 0.
+struct TiesMergeParams {
+  TensorList tensors;       // L = 1
+  const float* thresholds;  // [K]
+  void* out;
+  unsigned long long* stats;  // [2], two's complement
+  int out_dtype;
+  Merge merge;
+  float scaling;
+  int majority;
+  bool add_base;
+  int multiprocessors;
+};
+
+// Packed selections as above: entry i of delta k is bit i % 8 of masks[k, i / 8]; unused bits are
+// 0.
+struct TiesMasksParams {
+  TensorList tensors;         // L = 1
+  const float* thresholds;    // [K]
+  uint8_t* masks;             // [K, ceil(size / 8)]
+  unsigned long long* stats;  // [2], two's complement
+  int majority;
+  int multiprocessors;
+};
+
+cudaError_t weighted_sum(WeightedSumParams params, cudaStream_t stream);
+cudaError_t coefficient_grad(CoefficientGradParams params, cudaStream_t stream);
+cudaError_t combine_and_dot(CombineAndDotParams params, cudaStream_t stream);
+cudaError_t magnitude_histogram(MagnitudeHistogramParams params, cudaStream_t stream);
+cudaError_t ties_merge(TiesMergeParams params, cudaStream_t stream);
+cudaError_t ties_masks(TiesMasksParams params, cudaStream_t stream);
+cudaError_t probe(ProbeParams params, cudaStream_t stream);
 
 // Whether the binary holds code for the current device; needs no launch.
 cudaError_t has_device_code();

@@ -1,0 +1,142 @@
+// Inner products <G, tau_k> in two stages, alone or together with the weighted sum.
+//
+// The order of additions is the CPU kernels': within a tile of kTile elements, lane j of kLanes
+// adds the products of elements j, j + kLanes, ... in fp32; the lanes are folded into fp64 as a
+// tree; tiles are added in order to the sum of a block of kBlock elements, and a second kernel
+// adds the blocks in order. One CUDA block computes the sums of kBlock elements, a thread holds
+// kWidth adjacent lanes of one tile. No atomics.
+#pragma once
+
+#include <stdint.h>
+
+#include "fastmerge/cuda_launch.h"
+#include "tables.h"
+#include "vectors.h"
+
+namespace fastmerge::cuda {
+
+constexpr int kLanes = 16;
+constexpr int kTile = 512;
+constexpr int kTiles = int(kBlock) / kTile;
+constexpr int kDotBlocksPerMultiprocessor = 32;
+
+// Threads that share the block's tiles.
+constexpr int dot_threads(int width) { return kTiles * kLanes / width; }
+
+// Sum of a tile's lanes; every thread of the tile gets it.
+template <int kWidth>
+__device__ __forceinline__ double fold(const Floats<kWidth>& lanes) {
+  double sum[kWidth];
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v) sum[v] = double(lanes.lane[v]);
+#pragma unroll
+  for (int step = kLanes / 2; step >= 1; step /= 2) {
+    if (step >= kWidth) {
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) {
+        sum[v] += __shfl_xor_sync(0xffffffffu, sum[v], step / kWidth);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < step; ++v) sum[v] += sum[v + step];
+    }
+  }
+  return sum[0];
+}
+
+// kCombine also writes the weighted sum; then K <= kGroup.
+template <int kDtype, bool kExperts, int kWidth, bool kCombine>
+__global__ void __launch_bounds__(dot_threads(kWidth))
+    dot_kernel(const __grid_constant__ TensorTable table) {
+  __shared__ double folded[kTiles][kGroup];
+  constexpr int kThreadsPerTile = kLanes / kWidth;
+  const int tile = threadIdx.x / kThreadsPerTile, part = threadIdx.x % kThreadsPerTile;
+  const int k = table.k;
+  for (int64_t unit = blockIdx.x; unit < table.units; unit += gridDim.x) {
+    const int r = row_of(table, unit);
+    const TableRow& row = table.rows[r];
+    const void* const* deltas = table.deltas + r * k;
+    const float* coefficients = kCombine ? table.coefficients + row.index * k : nullptr;
+    const int64_t block = unit - row.first_unit;
+    const int64_t begin = block * kBlock + tile * kTile;
+    const int64_t end = begin + kTile < row.size ? begin + kTile : row.size;
+    double* partials = table.partials + (row.first_block + block) * k;
+    for (int first = 0; first < k; first += kGroup) {
+      Floats<kWidth> lanes[kGroup] = {};
+      for (int64_t i = begin + part * kWidth; i < end; i += kLanes) {
+        Bits<kWidth> bits[kGroup], base_bits = {};
+        Bits<kWidth> grad_bits = load_bits<kWidth>(row.grad, i, table.grad_dtype);
+        if (kExperts || kCombine) base_bits = load_base<kWidth>(row.base, i, table.base_dtype);
+        load_group<kDtype>(bits, deltas, first, k, i);
+        Floats<kWidth> grad = to_floats(grad_bits, table.grad_dtype);
+        Floats<kWidth> base = to_floats(base_bits, table.base_dtype), sum = base;
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          if (first + j >= k) continue;
+          float coefficient = kCombine ? __ldg(coefficients + j) : 0.0f;
+#pragma unroll
+          for (int v = 0; v < kWidth; ++v) {
+            float tau = task_vector<kDtype, kExperts>(bits[j], base, v);
+            lanes[j].lane[v] = lanes[j].lane[v] + grad.lane[v] * tau;
+            if (kCombine) sum.lane[v] = sum.lane[v] + coefficient * tau;
+          }
+        }
+        if (kCombine) store(row.out, i, sum, table.out_dtype);
+      }
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        if (first + j >= k) continue;
+        double sum = fold(lanes[j]);
+        if (part == 0) folded[tile][j] = sum;
+      }
+      __syncthreads();
+      if (threadIdx.x < kGroup && first + int(threadIdx.x) < k) {
+        double sum = 0.0;
+        for (int t = 0; t < kTiles; ++t) sum += folded[t][threadIdx.x];
+        partials[first + threadIdx.x] = sum;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+constexpr int kSumThreads = 32;
+
+// dots[l, k] = sum over the blocks of tensor l, in order, of their partial sums.
+static __global__ void __launch_bounds__(kSumThreads)
+    sum_partials_kernel(const __grid_constant__ TensorTable table) {
+  const int k_count = table.k;
+  for (int r = blockIdx.x; r < table.count; r += gridDim.x) {
+    const TableRow& row = table.rows[r];
+    const double* partials = table.partials + row.first_block * k_count;
+    const int64_t blocks = (row.size + kBlock - 1) / kBlock;
+    for (int k = threadIdx.x; k < k_count; k += kSumThreads) {
+      double sum = 0.0;
+#pragma unroll 16
+      for (int64_t b = 0; b < blocks; ++b) sum += partials[b * k_count + k];
+      table.dots[row.index * k_count + k] =
+          sum == sum ? sum : __longlong_as_double(0x7ff8000000000000LL);
+    }
+  }
+}
+
+// Both stages for a whole list.
+template <bool kCombine>
+cudaError_t launch_dots(const TensorList& list, const void* const* grads, void* const* outs,
+                        const TensorTable& common, int multiprocessors, cudaStream_t stream) {
+  int64_t most = int64_t(multiprocessors) * kDotBlocksPerMultiprocessor;
+  auto run = [&](const TensorTable& table, bool vectors) {
+    auto launch_kernel = [&](auto dtype, auto experts, auto width) {
+      constexpr int kDtype = decltype(dtype)::value, kWidth = decltype(width)::value;
+      constexpr bool kExperts = decltype(experts)::value;
+      return launch(dot_kernel<kDtype, kExperts, kWidth, kCombine>, table.units, most,
+                    dot_threads(kWidth), table, stream);
+    };
+    cudaError_t error = with_source(list.delta_dtype, list.experts, vectors, launch_kernel);
+    if (error != cudaSuccess) return error;
+    return launch(sum_partials_kernel, table.count, kTableRows, kSumThreads, table, stream);
+  };
+  return for_each_table(list, grads, outs, common, run);
+}
+
+}  // namespace fastmerge::cuda
