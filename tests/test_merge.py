@@ -135,6 +135,15 @@ def test_an_expert_may_have_a_tied_tensor_under_either_name():
         assert raw(merged.head.weight) == raw(expected.head.weight)
 
 
+def test_shared_running_statistics_may_have_either_name():
+    shared = torch.zeros(3)
+    base = {"w": torch.zeros(2), "a.running_mean": shared, "b.running_mean": shared}
+    expert = {"w": torch.ones(2), "a.running_mean": torch.ones(3)}
+    merged = fm.merge(base, [expert], "average")
+    assert merged["a.running_mean"] is merged["b.running_mean"]
+    assert merged["b.running_mean"].tolist() == [1, 1, 1]
+
+
 def test_an_expert_that_untied_its_tensors_is_refused():
     net, experts = net_and_experts(2)
     broken = experts[1].state_dict()
