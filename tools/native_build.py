@@ -217,7 +217,8 @@ def build_cuda(output: Path, build_dir: Path) -> dict[str, object]:
     cxx = find_cxx()
     common = [f"-I{CSRC / 'include'}", f'-DFASTMERGE_CUDA_ARCHS="{" ".join(names)}"']
     device = [str(nvcc), "-ccbin", cxx[-1], "-std=c++17", "-O3", "-cudart", "static", *flags]
-    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *common]
+    # Products and sums round separately, as on the CPU: the same bytes from both.
+    device += ["-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *common]
     ninja = NinjaFile(build_dir)
     objects = [
         ninja.compile(device, source, f"cuda/{source.stem}")

@@ -3,11 +3,16 @@
 #include "fastmerge/cuda.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "fastmerge/dtype.h"
 
 namespace py = pybind11;
+namespace cuda = fastmerge::cuda;
 
 namespace {
 
@@ -67,17 +72,195 @@ std::string device_reason(int device) {
   return error == cudaSuccess ? "" : describe(error);
 }
 
-void probe(int device, uintptr_t arch, uintptr_t stream) {
-  DeviceGuard guard(device);
+using Addresses = std::vector<uintptr_t>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<const void*> pointers(const Addresses& addresses) {
+  std::vector<const void*> result;
+  result.reserve(addresses.size());
+  for (uintptr_t address : addresses) result.push_back(pointer<const void>(address));
+  return result;
+}
+
+std::vector<void*> mutable_pointers(const Addresses& addresses) {
+  std::vector<void*> result;
+  result.reserve(addresses.size());
+  for (uintptr_t address : addresses) result.push_back(pointer<void>(address));
+  return result;
+}
+
+void expect_count(const char* name, size_t found, size_t expected) {
+  if (found != expected) {
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) +
+                                " pointers, found " + std::to_string(found));
+  }
+}
+
+void expect_dtype(const char* name, int dtype) {
+  if (dtype < fastmerge::kFloat32 || dtype > fastmerge::kBFloat16) {
+    throw std::invalid_argument(std::string(name) + ": expected dtype code 0, 1 or 2, found " +
+                                std::to_string(dtype));
+  }
+}
+
+// Where a call runs.
+struct Place {
+  int device;
+  int multiprocessors;
+  uintptr_t stream;
+
+  template <class Launcher, class Params>
+  void run(Launcher launcher, const Params& params) const {
+    DeviceGuard guard(device);
+    check(launcher(params, pointer<CUstream_st>(stream)));
+  }
+};
+
+Place make_place(int device, int multiprocessors, uintptr_t stream) {
+  if (multiprocessors < 1) {
+    throw std::invalid_argument("multiprocessors: expected at least 1, found " +
+                                std::to_string(multiprocessors));
+  }
+  return {device, multiprocessors, stream};
+}
+
+// The addresses of L base tensors and their K deltas each, checked and kept alive for a launch.
+class Tensors {
+ public:
+  Tensors(const Addresses& bases, const Addresses& deltas, const std::vector<int64_t>& sizes,
+          int64_t k, int base_dtype, int delta_dtype, bool experts)
+      : sizes_(sizes), bases_(pointers(bases)), deltas_(pointers(deltas)) {
+    expect_count("bases", bases.size(), sizes.size());
+    expect_count("deltas", deltas.size(), sizes.size() * k);
+    expect_dtype("base_dtype", base_dtype);
+    expect_dtype("delta_dtype", delta_dtype);
+    if (k > cuda::kMaxDeltas) {
+      throw std::invalid_argument("deltas: the CUDA kernels take at most " +
+                                  std::to_string(cuda::kMaxDeltas) + " per tensor, found " +
+                                  std::to_string(k));
+    }
+    list_ = {sizes_.data(), bases_.data(), deltas_.data(), int64_t(sizes_.size()), k,
+             base_dtype,    delta_dtype,   experts};
+  }
+  Tensors(const Tensors&) = delete;
+  Tensors& operator=(const Tensors&) = delete;
+
+  const cuda::TensorList& list() const { return list_; }
+
+ private:
+  std::vector<int64_t> sizes_;
+  std::vector<const void*> bases_;
+  std::vector<const void*> deltas_;
+  cuda::TensorList list_;
+};
+
+int64_t scratch_doubles(int64_t size, int64_t k) { return cuda::block_count(size) * k; }
+
+void weighted_sum(const Place& place, const Tensors& tensors, uintptr_t coefficients,
+                  const Addresses& outs, int out_dtype) {
+  expect_count("outs", outs.size(), tensors.list().count);
+  expect_dtype("out_dtype", out_dtype);
+  auto out_pointers = mutable_pointers(outs);
   py::gil_scoped_release release;
-  check(fastmerge::cuda::probe({reinterpret_cast<int32_t*>(arch)},
-                               reinterpret_cast<cudaStream_t>(stream)));
+  place.run(cuda::weighted_sum,
+            cuda::WeightedSumParams{tensors.list(), pointer<const float>(coefficients),
+                                    out_pointers.data(), out_dtype, place.multiprocessors});
+}
+
+void coefficient_grad(const Place& place, const Tensors& tensors, const Addresses& grads,
+                      int grad_dtype, uintptr_t dots, uintptr_t scratch) {
+  expect_count("grads", grads.size(), tensors.list().count);
+  expect_dtype("grad_dtype", grad_dtype);
+  auto grad_pointers = pointers(grads);
+  py::gil_scoped_release release;
+  place.run(
+      cuda::coefficient_grad,
+      cuda::CoefficientGradParams{tensors.list(), grad_pointers.data(), pointer<double>(dots),
+                                  pointer<double>(scratch), grad_dtype, place.multiprocessors});
+}
+
+void combine_and_dot(const Place& place, const Tensors& tensors, uintptr_t coefficients,
+                     const Addresses& grads, int grad_dtype, const Addresses& outs, int out_dtype,
+                     uintptr_t dots, uintptr_t scratch) {
+  expect_count("grads", grads.size(), tensors.list().count);
+  expect_count("outs", outs.size(), tensors.list().count);
+  expect_dtype("grad_dtype", grad_dtype);
+  expect_dtype("out_dtype", out_dtype);
+  auto grad_pointers = pointers(grads);
+  auto out_pointers = mutable_pointers(outs);
+  py::gil_scoped_release release;
+  place.run(cuda::combine_and_dot,
+            cuda::CombineAndDotParams{tensors.list(), pointer<const float>(coefficients),
+                                      grad_pointers.data(), out_pointers.data(),
+                                      pointer<double>(dots), pointer<double>(scratch), grad_dtype,
+                                      out_dtype, place.multiprocessors});
+}
+
+void magnitude_histogram(const Place& place, uintptr_t base, uintptr_t delta, int64_t size,
+                         int base_dtype, int delta_dtype, bool experts, int level, int64_t prefix,
+                         uintptr_t counts) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  py::gil_scoped_release release;
+  place.run(
+      cuda::magnitude_histogram,
+      cuda::MagnitudeHistogramParams{pointer<const void>(base), pointer<const void>(delta),
+                                     pointer<unsigned long long>(counts), size, prefix, level,
+                                     base_dtype, delta_dtype, experts, place.multiprocessors});
+}
+
+void ties_merge(const Place& place, const Tensors& tensors, uintptr_t thresholds, uintptr_t out,
+                int out_dtype, uintptr_t stats, int merge, float scaling, int majority,
+                bool add_base) {
+  expect_dtype("out_dtype", out_dtype);
+  if (merge < 0 || merge > 2) {
+    throw std::invalid_argument("merge: expected 0, 1 or 2, found " + std::to_string(merge));
+  }
+  py::gil_scoped_release release;
+  place.run(cuda::ties_merge,
+            cuda::TiesMergeParams{tensors.list(), pointer<const float>(thresholds),
+                                  pointer<void>(out), pointer<unsigned long long>(stats), out_dtype,
+                                  static_cast<cuda::Merge>(merge), scaling, majority, add_base,
+                                  place.multiprocessors});
+}
+
+void ties_masks(const Place& place, const Tensors& tensors, uintptr_t thresholds, uintptr_t masks,
+                uintptr_t stats, int majority) {
+  py::gil_scoped_release release;
+  place.run(cuda::ties_masks,
+            cuda::TiesMasksParams{tensors.list(), pointer<const float>(thresholds),
+                                  pointer<uint8_t>(masks), pointer<unsigned long long>(stats),
+                                  majority, place.multiprocessors});
+}
+
+void probe(int device, uintptr_t arch, uintptr_t stream) {
+  make_place(device, 1, stream).run(cuda::probe, cuda::ProbeParams{pointer<int32_t>(arch)});
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels; pointers and streams are integers.";
+  m.doc() = "CUDA kernels; pointers and streams are integers, dtypes are 0 fp32, 1 fp16, 2 bf16.";
+  py::class_<Place>(m, "Place", "Where a call runs: device, its multiprocessors, and a stream.")
+      .def(py::init(&make_place), py::arg("device"), py::arg("multiprocessors"), py::arg("stream"));
+  py::class_<Tensors>(m, "Tensors", "Addresses of L base tensors and of the K deltas of each.")
+      .def(py::init<const Addresses&, const Addresses&, const std::vector<int64_t>&, int64_t, int,
+                    int, bool>(),
+           py::arg("bases"), py::arg("deltas"), py::arg("sizes"), py::arg("k"),
+           py::arg("base_dtype"), py::arg("delta_dtype"), py::arg("experts"));
+  m.def("scratch_doubles", &scratch_doubles, py::arg("size"), py::arg("k"),
+        "fp64 entries of scratch that a reduction over K deltas of `size` elements needs.");
+  m.def("weighted_sum", &weighted_sum);
+  m.def("coefficient_grad", &coefficient_grad);
+  m.def("combine_and_dot", &combine_and_dot);
+  m.def("magnitude_histogram", &magnitude_histogram);
+  m.def("ties_merge", &ties_merge);
+  m.def("ties_masks", &ties_masks);
+  m.attr("max_deltas") = cuda::kMaxDeltas;
   m.def("device_info", &device_info,
         "Compiled architectures, runtime and driver version, device count, availability, reason.");
   m.def("device_reason", &device_reason, py::arg("device"));

@@ -2,6 +2,7 @@
 //
 // One thread writes one int32 that the caller allocated. No other effect.
 #include "fastmerge/cuda.h"
+#include "fastmerge/cuda_launch.h"
 
 namespace fastmerge::cuda {
 namespace {
@@ -15,8 +16,7 @@ __global__ void probe_kernel(ProbeParams params) {
 }  // namespace
 
 cudaError_t probe(ProbeParams params, cudaStream_t stream) {
-  probe_kernel<<<1, 1, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch(probe_kernel, 1, 1, 1, params, stream);
 }
 
 cudaError_t has_device_code() {
