@@ -1,0 +1,139 @@
+"""Timing of variants side by side: interleaved rounds, medians, ratios, one row a measurement."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+FIELDS = (
+    "measure",
+    "case",
+    "variant",
+    "median_ms",
+    "ratio",
+    "of",
+    "gb_per_s",
+    "device",
+    "threads",
+    "torch",
+    "commit",
+    "date",
+)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Median seconds of each variant; every round runs all of them once, in turn.
+
+    A GPU's launches are timed until the device is idle.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 2):
+        for name, run in variants.items():
+            synchronize(device)
+            begun = time.perf_counter()
+            run()
+            synchronize(device)
+            if number >= 2:  # two rounds to warm up
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus sign if files differ from it."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+        return name + ("+" if changed.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Results:
+    """Rows of one run, written as CSV and printed as a short table."""
+
+    def __init__(self, device: torch.device):
+        self.rows: list[dict[str, object]] = []
+        self.common = {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def add(
+        self,
+        measure: str,
+        case: str,
+        seconds: dict[str, float],
+        reference: str,
+        nbytes: dict[str, int] | None = None,
+    ) -> dict[str, float]:
+        """One row a variant, with its time over the reference's; returns the ratios."""
+        ratios = {name: value / seconds[reference] for name, value in seconds.items()}
+        for name, value in seconds.items():
+            moved = (nbytes or {}).get(name)
+            self.rows.append(
+                {
+                    "measure": measure,
+                    "case": case,
+                    "variant": name,
+                    "median_ms": round(value * 1e3, 4),
+                    "ratio": round(ratios[name], 4),
+                    "of": reference,
+                    "gb_per_s": round(moved / value / 1e9, 2) if moved else "",
+                }
+                | self.common
+            )
+        return ratios
+
+    def add_value(self, measure: str, case: str, variant: str, ratio: float, of: str) -> None:
+        """A row that is a ratio of something other than times."""
+        row = {"measure": measure, "case": case, "variant": variant, "ratio": round(ratio, 4)}
+        self.rows.append(dict.fromkeys(FIELDS, "") | row | {"of": of} | self.common)
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def table(self) -> str:
+        lines = [f"{self.common['device']}, {self.common['threads']} threads, torch "]
+        lines[0] += f"{self.common['torch']}, commit {self.common['commit']}"
+        for row in self.rows:
+            speed = f"{row['gb_per_s']} GB/s" if row["gb_per_s"] != "" else ""
+            time_ms = f"{row['median_ms']} ms" if row["median_ms"] != "" else ""
+            lines.append(
+                f"{row['measure']:<3} {row['case']:<34} {row['variant']:<22} {time_ms:>14} "
+                f"{row['ratio']:>8} x {row['of']:<16} {speed}"
+            )
+        return "\n".join(lines)
