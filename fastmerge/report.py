@@ -21,7 +21,7 @@ LABELS = {
     "adamerging_task": "AdaMerging task-wise",
     "adamerging_layer": "AdaMerging layer-wise",
     "adamerging_pp": "AdaMerging++ layer-wise",
-    "adamerging_layer_kl": "layer-wise, KL to expert",
+    "adamerging_layer_kl": "AdaMerging layer-wise, KL",
 }
 _TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _STATIC = ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f")
@@ -49,28 +49,25 @@ def label(row: Mapping[str, Any]) -> str:
     return f"{name} (λ {row['scaling']:g})" if "scaling" in row else name
 
 
-def accuracy_table(
-    rows: Sequence[Mapping[str, Any]], title: str = "", notes: Sequence[str] = ()
-) -> Any:
+def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     """A `rich` table: one line a row, accuracy in percent per task and average, cost.
 
     Args:
         rows: dicts with method, protocol, accuracy {task: percent}, average, seconds, peak_mib.
         title: shown above.
-        notes: lines shown below.
     """
     from rich import box
     from rich.table import Table
 
     protocols = len({row["protocol"] for row in rows}) > 1
-    caption = "\n".join(notes) or None
-    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("accuracy, %", no_wrap=True)
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("accuracy, %", min_width=16)
     if protocols:
         table.add_column("protocol")
     tasks = list(rows[0]["accuracy"])
-    for name in (*tasks, "average", "seconds", "peak MiB"):
-        table.add_column(name, justify="right", style="bold" if name == "average" else None)
+    for name in (*tasks, "mean", "seconds", "MiB"):
+        style = "bold" if name == "mean" else None
+        table.add_column(name, justify="right", style=style, no_wrap=True, min_width=5)
     for row in rows:
         table.add_row(
             label(row),
@@ -81,6 +78,15 @@ def accuracy_table(
             f"{row['peak_mib']:.0f}",
         )
     return table
+
+
+def standard_error(row: Mapping[str, Any], scored_rows: int) -> float:
+    """Standard error of a row's average from the number of scored rows a task, in points.
+
+    sqrt(sum_t p_t (100 - p_t) / n) / T for T tasks of n rows, p_t in percent.
+    """
+    percents = list(row["accuracy"].values())
+    return sum(p * (100 - p) / scored_rows for p in percents) ** 0.5 / len(percents)
 
 
 def spread(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -116,7 +122,7 @@ def spread_table(summary: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     from rich.table import Table
 
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("average accuracy, %", no_wrap=True)
+    table.add_column("average accuracy, %", overflow="fold")
     table.add_column("protocol")
     for name in ("mean", "± spread", "lowest", "highest", "seeds"):
         table.add_column(name, justify="right")

@@ -43,16 +43,21 @@ def _png_size(path) -> tuple[int, int]:
 
 
 def test_table_shows_every_number_with_its_row():
-    text = _text(report.accuracy_table(ROWS, "a title", ["a note"]))
+    text = _text(report.accuracy_table(ROWS, "a title"))
     line = next(line for line in text.splitlines() if "tuned" in line)
     assert line.split() == ["task", "arithmetic,", "tuned", "(λ", "0.4)", "strict",
                             "71.2", "62.0", "66.6", "1.2", "812"]  # fmt: skip
-    assert "a title" in text and "a note" in text
+    assert "a title" in text
 
 
 def test_table_has_a_protocol_column_only_where_protocols_differ():
     assert "protocol" in _text(report.accuracy_table(ROWS))
     assert "protocol" not in _text(report.accuracy_table(ROWS[:3]))
+
+
+def test_standard_error_is_the_binomial_one():
+    row = {"accuracy": {"red": 50.0, "blue": 90.0}}
+    assert report.standard_error(row, 100) == pytest.approx((25 + 9) ** 0.5 / 2)
 
 
 def test_spread_is_taken_over_the_seeds_of_one_method_and_protocol():

@@ -61,6 +61,8 @@ def main(
     begun = time.perf_counter()
     settings = Settings.quick() if quick else Settings()
     console, log = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 110  # a file has no width of its own
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -72,8 +74,11 @@ def main(
     finally:
         torch.set_num_threads(before)
     records = [[row.record for row in run] for run in runs]
-    notes = describe(records[0], settings)
-    console.print(report.accuracy_table(records[0], f"seed {seed}", notes))
+    console.print(report.accuracy_table(records[0], f"seed {seed}"))
+    for note in describe(records[0], settings):
+        console.print(note, highlight=False)
+    if quick:
+        console.print("quick: a check of the whole path; these accuracies mean nothing.")
     summary = report.spread([record for run in records for record in run])
     if seeds > 1:
         console.print(report.spread_table(summary, f"seeds {seed} to {seed + seeds - 1}"))
@@ -135,13 +140,15 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
     best_learned = _best(records, LEARNED)
     best_static = _best(records, {record["method"] for record in records} - {*LEARNED, *_REFERENCE})
     lines = [
-        f"{settings.test_rows} scored rows a task; a single seed's averages move by about ±1.",
+        f"{settings.test_rows} scored rows a task: the standard error of a mean is "
+        f"{report.standard_error(best_learned, settings.test_rows):.1f} points.",
         f"strict: adapted on {settings.adapt_rows} other unlabelled rows a task; paper: on the "
         "scored rows, without labels.",
         f"tuned: λ with the lowest {settings.tune_objective.upper()} objective on "
         f"{settings.tune_rows} of the same adapt rows a task.",
-        "seconds: merging or learning, scoring left out; peak: the whole process meanwhile.",
-        f"best learned {best_learned['average']:.1f} ({report.label(best_learned)}), best static "
+        "KL: learned by divergence from the experts' predictions instead of by entropy.",
+        "seconds: merging or learning, scoring left out; MiB: the process's peak memory meanwhile.",
+        f"Best learned {best_learned['average']:.1f} ({report.label(best_learned)}), best static "
         f"{best_static['average']:.1f} ({report.label(best_static)}).",
     ]
     collapsed = [record for record in records if "warnings" in record]

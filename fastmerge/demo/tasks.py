@@ -96,7 +96,7 @@ def _snippets(name: str) -> Callable[[Wheels], Iterator[tuple[str, str]]]:
         for line in text.split("\n")[1:]:
             if line.strip():
                 _, score, snippet = line.split("\t", 2)
-                # The mean of 20 or more ratings from -4 to 4; near zero raters disagree on the sign.
+                # The mean of 20 or more ratings from -4 to 4; near zero they disagree on the sign.
                 if abs(float(score)) >= 0.5:
                     yield snippet, "positive" if float(score) > 0 else "negative"
 
