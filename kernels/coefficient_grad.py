@@ -84,7 +84,7 @@ def _coefficient_grad_kernel(
     for k in range(COUNT):
         delta_ptr = nth_pointer(delta_ptrs, k, COUNT)
         tau = task_vector_tile(base, delta_ptr, offsets, mask, EXPERTS)
-        tl.store(partials_ptr + partial + k, tl.sum(tl.sum(grad * tau, axis=1), axis=0))
+        tl.store(partials_ptr + partial + k, tl.sum(grad * tau))
 
 
 WANTED_PROGRAMS = 256

@@ -107,6 +107,9 @@ FP32_TILES = {
     128: ((64, 64, 8, 2),),
 }
 WGMMA_CAPABILITIES = (9, 10)
+# More experts, and their addresses outgrow the registers beside more sums a thread than these.
+WIDE_TILE_EXPERTS = 16
+WIDE_TILE_SUMS = 32
 SPLIT_ROWS = 64  # more rows than these fill the GPU without splitting
 WANTED_PROGRAMS = 256
 MAX_SPLITS = 16
@@ -148,10 +151,14 @@ def configurations(
     inner = inner_block(x_dtype.itemsize, max(base_dtype.itemsize, delta_dtype.itemsize), count)
     tiles = WGMMA_TILES if capability in WGMMA_CAPABILITIES else MMA_TILES
     tiles = FP32_TILES if x_dtype == torch.float32 else tiles
-    table = tiles[min(128, max(16, power_of_two(rows)))]
-    configs = [Config(out, r, inner, warps, stages) for out, r, warps, stages in table]
+    configs = []
+    for out, width, warps, stages in tiles[min(128, max(16, power_of_two(rows)))]:
+        # Eight warps would copy a merged tile this small in pieces of less than 16 bytes.
+        warps = 4 if out * inner * sizes[1] == 64 * 16 * 2 else warps
+        if count <= WIDE_TILE_EXPERTS or out * width <= 32 * warps * WIDE_TILE_SUMS:
+            configs.append(Config(out, width, inner, warps, stages))
     needed = {config: needed_shared_memory(config, *sizes) for config in configs}
-    fitting = [config for config in configs if needed[config] <= limit]
+    fitting = [config for config, size in needed.items() if size <= limit]
     if not fitting:
         raise RuntimeError(
             f"merged_linear: {count} deltas in {delta_dtype} need {min(needed.values())} bytes of "
@@ -175,13 +182,13 @@ def _launch(op, x, base, deltas, coefficients, bias, experts, transpose, tf32):
     rows = x.shape[0]
     check_shape(op, "x", x, [rows, inner])
     check_shape(op, "bias", bias, [outer])
+    dtypes = x.dtype, base.dtype, deltas[0].dtype
+    configs = configurations(rows, *dtypes, len(deltas), *device_limits(x.device))
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y
     base, deltas = like_layout(base, deltas)
     stride_o, stride_i = reversed(base.stride()) if transpose else base.stride()
-    dtypes = x.dtype, base.dtype, deltas[0].dtype
-    configs = configurations(rows, *dtypes, len(deltas), *device_limits(x.device))
     splits = split_count(rows, inner, outer, configs[0].inner)
     steps = cdiv(cdiv(inner, configs[0].inner), splits)
     target = y

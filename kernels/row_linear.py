@@ -158,16 +158,17 @@ def _row_linear_kernel(
     tl.store(y_ptr + y_offsets, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-STAGES = (3, 2)
+# A shallower fp32 pipeline makes the compiler halve the registers, and spill.
+STAGES = {2: (3, 2), 4: (3,)}
 
 
-def tile(rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(out, rows, inner, warps): a rule of row count and dtype, as it orders the row dots."""
+def tile(rows: int, dtype: torch.dtype, delta_dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(out, rows, inner, warps): a rule of row count and dtypes, as it orders the row dots."""
     width = min(64, max(16, power_of_two(rows)))
     if dtype == torch.float32:
-        return 64, width, 32, 8
-    if rows > 512:
-        return 128, 64, 64, 8
+        return 64, width, 16, 8
+    if rows > 512 and delta_dtype != torch.float32:
+        return 128, 64, 32, 8
     return 64, width, 64, 8 if width == 64 else 4
 
 
@@ -190,9 +191,9 @@ def configurations(
     Raises:
         RuntimeError: the device has too little shared memory for the shallowest pipeline.
     """
-    out, width, inner, warps = tile(rows, x_dtype)
+    out, width, inner, warps = tile(rows, x_dtype, delta_dtype)
     sizes = x_dtype.itemsize, base_dtype.itemsize + delta_dtype.itemsize
-    configs = [Config(out, width, inner, warps, stages) for stages in STAGES]
+    configs = [Config(out, width, inner, warps, stages) for stages in STAGES[x_dtype.itemsize]]
     needed = {config: needed_shared_memory(config, *sizes) for config in configs}
     fitting = [config for config in configs if needed[config] <= limit]
     if not fitting:
@@ -213,14 +214,14 @@ def _launch(op, x, base, deltas, coefficients, bias, other, experts, transpose, 
     check_shape(op, "coefficients", coefficients, [rows, len(deltas)])
     check_shape(op, "bias", bias, [outer])
     check_shape(op, "other", other, [rows, outer])
+    dtypes = x.dtype, base.dtype, deltas[0].dtype
+    _, limit = device_limits(x.device)
+    configs = configurations(rows, *dtypes, limit)
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y, torch.zeros(rows, len(deltas), dtype=torch.float32, device=x.device)
     base, deltas = like_layout(base, deltas)
     stride_o, stride_i = reversed(base.stride()) if transpose else base.stride()
-    dtypes = x.dtype, base.dtype, deltas[0].dtype
-    _, limit = device_limits(x.device)
-    configs = configurations(rows, *dtypes, limit)
     out_tiles = cdiv(outer, configs[0].out)
     dots = None
     if other is not None:
