@@ -240,7 +240,7 @@ def _panel_bytes(device: torch.device) -> int:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in fp32, so that partial products of several panels are rounded once."""
+    """total + a @ b in fp32. 16-bit products are rounded by the GEMM, their sum only at the end."""
     if total is None:
         return (a @ b).float()
     return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)

@@ -122,16 +122,11 @@ def _reference(x, base, deltas, coefficients, bias, experts, transpose):
     return y.to(x.dtype)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    """[..., n] as [R, n], also where n is 0."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-
-
 def _strategy(x, base, deltas, coefficients) -> tuple[str | None, ModuleType | None]:
     """The strategy to run and the kernels it runs on; (None, None) for the reference."""
     rowwise = coefficients.dim() > 1
     kernels: dict[str, ModuleType | None] = {}
-    tensors = {"x": _as_rows(x), "base": base}
+    tensors = {"x": as_rows(x), "base": base}
     function = "row_linear_forward" if rowwise else "merged_linear_forward"
     kernels["stacked" if rowwise else "fused"] = triton_kernels(function, tensors, deltas)
     if not rowwise and forced_backend() != "triton":
@@ -175,7 +170,7 @@ def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
     strategy, kernels = _strategy(x, base, deltas, coefficients)
     if strategy is None:
         return _reference(x, base, deltas, coefficients, bias, experts, transpose)
-    rows = _as_rows(x)
+    rows = as_rows(x)
     bias = None if bias is None else bias.to(x.dtype)
     if strategy == "panel":
         panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
@@ -183,7 +178,7 @@ def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
     else:
         fused = strategy == "fused"
         launch = kernels.merged_linear_forward if fused else kernels.row_linear_forward
-        lam = (coefficients if fused else _as_rows(coefficients)).float()
+        lam = (coefficients if fused else as_rows(coefficients)).float()
         y = launch(rows, base, deltas, lam, bias, experts, transpose, _tf32())
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -280,13 +275,13 @@ def _backward_compiled(
         return _backward_reference(
             grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
         )
-    dy, rows = _as_rows(grad), _as_rows(x)
+    dy, rows = as_rows(grad), as_rows(x)
     dx = dlam = None
     if strategy == "panel":
         panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
         dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
     elif strategy == "stacked":
-        lam = _as_rows(coefficients).float()
+        lam = as_rows(coefficients).float()
         dx, dlam = kernels.row_linear_backward(
             dy, rows, base, deltas, lam, experts, transpose, _tf32()
         )
