@@ -245,9 +245,11 @@ void probe(int device, uintptr_t arch, uintptr_t stream) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels; pointers and streams are integers, dtypes are 0 fp32, 1 fp16, 2 bf16.";
-  py::class_<Place>(m, "Place", "Where a call runs: device, its multiprocessors, and a stream.")
+  py::class_<Place>(m, "Place", py::module_local(),
+                    "Where a call runs: device, its multiprocessors, and a stream.")
       .def(py::init(&make_place), py::arg("device"), py::arg("multiprocessors"), py::arg("stream"));
-  py::class_<Tensors>(m, "Tensors", "Addresses of L base tensors and of the K deltas of each.")
+  py::class_<Tensors>(m, "Tensors", py::module_local(),
+                      "Addresses of L base tensors and of the K deltas of each.")
       .def(py::init<const Addresses&, const Addresses&, const std::vector<int64_t>&, int64_t, int,
                     int, bool>(),
            py::arg("bases"), py::arg("deltas"), py::arg("sizes"), py::arg("k"),

@@ -24,7 +24,8 @@ constexpr uint32_t kSlots = 8192;
 constexpr uint32_t kFirstBin = (127 - 31) << (23 - kLowBits);
 
 __device__ __forceinline__ uint32_t high_slot(uint32_t bin) {
-  return bin == 0 ? kSlots : bin < kFirstBin ? kSlots + 1 : bin - kFirstBin;
+  uint32_t slot = bin - kFirstBin;  // wraps around below the first
+  return slot < kSlots ? slot : bin == 0 ? kSlots : kSlots + 1;
 }
 
 // Level 1: a 16-bit dtype leaves at most the two highest of these bits set; as the lowest ones

@@ -1,0 +1,301 @@
+"""The CUDA kernels against the CPU kernels, byte for byte, on a device or emulated."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fastmerge import _native, _native_cuda
+
+pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [0, 1, 7, 8, 16, 511, 512, 768, 8191, 8192, 8200, 40001, 65536]
+COUNTS = [1, 2, 7, 8, 9, 16, 32, 33]
+SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 6e-8, -65504.0, 1e-40]
+
+
+def random_tensor(size: int, dtype: torch.dtype, seed: int, offset: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size + offset, generator=generator).to(dtype)[offset:]
+
+
+def poisoned(size: int, dtype: torch.dtype, device, offset: int = 0) -> torch.Tensor:
+    return torch.full((size + offset,), float("nan"), dtype=dtype, device=device)[offset:]
+
+
+def to(device, tensors, offset: int = 0):
+    """Copies on a device, each `offset` elements into its memory."""
+    moved = []
+    for tensor in tensors:
+        room = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
+        room[offset:].copy_(tensor.flatten())
+        moved.append(room[offset:])
+    return moved
+
+
+def same_bytes(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    left, right = (t.cpu().contiguous().view(-1).view(torch.uint8) for t in (found, expected))
+    wrong = (left != right).nonzero().flatten()
+    assert wrong.numel() == 0, f"{wrong.numel()} bytes differ, the first is {wrong[0].item()}"
+
+
+class Case:
+    """Base, deltas, coefficients and gradient of one tensor."""
+
+    def __init__(self, size, count, base_dtype, delta_dtype, grad_dtype=torch.float32, seed=0):
+        self.base = random_tensor(size, base_dtype, seed)
+        self.deltas = [random_tensor(size, delta_dtype, seed + 1 + k) for k in range(count)]
+        self.coefficients = random_tensor(count, torch.float32, seed + 300)
+        self.grad = random_tensor(size, grad_dtype, seed + 301)
+
+    def on(self, device, offset: int = 0) -> Case:
+        moved = Case.__new__(Case)
+        (moved.base,) = to(device, [self.base], offset)
+        moved.deltas = to(device, self.deltas, offset)
+        moved.coefficients = self.coefficients.to(device)
+        (moved.grad,) = to(device, [self.grad], offset)
+        return moved
+
+
+def run_streaming(kernels, case, out_dtype, experts, device, offset=0):
+    size = case.base.numel()
+    out, fused = (poisoned(size, out_dtype, device, offset) for _ in range(2))
+    kernels.weighted_sum([case.base], [case.deltas], case.coefficients[None], [out], experts)
+    bases = [case.base] if experts else None
+    dots = kernels.coefficient_grad([case.grad], bases, [case.deltas])
+    fused_dots = kernels.combine_and_dot(
+        case.base, case.deltas, case.coefficients, case.grad, fused, experts
+    )
+    return out, dots[0], fused, fused_dots
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_streaming(device, size: int, experts: bool) -> None:
+    for index, count in enumerate(COUNTS):
+        if size > 8200 and count > 9:
+            continue
+        dtype, offset = DTYPES[(index + size) % 3], index % 2
+        case = Case(size, count, dtype, dtype)
+        expected = run_streaming(_native, case, dtype, experts, "cpu")
+        moved = case.on(device, offset)
+        found = run_streaming(_native_cuda, moved, dtype, experts, device, offset)
+        for f, e in zip(found, expected, strict=True):
+            same_bytes(f, e)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("base_dtype", DTYPES)
+@pytest.mark.parametrize("delta_dtype", DTYPES)
+def test_dtype_mixes(device, base_dtype, delta_dtype, experts: bool) -> None:
+    for out_dtype, grad_dtype in itertools.product(DTYPES, repeat=2):
+        case = Case(1032, 3, base_dtype, delta_dtype, grad_dtype)
+        expected = run_streaming(_native, case, out_dtype, experts, "cpu")
+        found = run_streaming(_native_cuda, case.on(device), out_dtype, experts, device)
+        for f, e in zip(found, expected, strict=True):
+            same_bytes(f, e)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_longer_than_a_table(device, dtype, count: int) -> None:
+    sizes = [(5, 0, 9000, 64, 768, 1, 333)[i % 7] for i in range(75 if count == 3 else 14)]
+    cases = [Case(size, count, dtype, dtype, dtype, seed=i) for i, size in enumerate(sizes)]
+    results = []
+    for kernels, where in ((_native, "cpu"), (_native_cuda, device)):
+        moved = [case.on(where) for case in cases]
+        bases, deltas = [c.base for c in moved], [c.deltas for c in moved]
+        outs = [poisoned(size, dtype, where) for size in sizes]
+        coefficients = torch.stack([c.coefficients for c in moved])
+        kernels.weighted_sum(bases, deltas, coefficients, outs, True)
+        results.append([*outs, kernels.coefficient_grad([c.grad for c in moved], bases, deltas)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        same_bytes(found, expected)
+
+
+def test_no_tensors_and_no_deltas(device) -> None:
+    _native_cuda.weighted_sum([], [], torch.empty(0, 1, device=device), [])
+    for dtype in DTYPES:
+        case = Case(1000, 0, dtype, dtype)
+        expected = run_streaming(_native, case, dtype, False, "cpu")
+        found = run_streaming(_native_cuda, case.on(device), dtype, False, device)
+        for f, e in zip(found, expected, strict=True):
+            same_bytes(f, e)
+
+
+@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize("experts", [False, True])
+def test_in_place(device, experts: bool, count: int) -> None:
+    case = Case(20000, count, torch.bfloat16, torch.bfloat16)
+    out, dots, *_ = run_streaming(_native, case, torch.bfloat16, experts, "cpu")
+    moved = case.on(device)
+    arguments = (moved.deltas, moved.coefficients, moved.grad, moved.base, experts)
+    same_bytes(_native_cuda.combine_and_dot(moved.base, *arguments), dots)
+    same_bytes(moved.base, out)
+    moved = case.on(device)
+    _native_cuda.weighted_sum(
+        [moved.base], [moved.deltas], moved.coefficients[None], [moved.base], experts
+    )
+    same_bytes(moved.base, out)
+
+
+def test_deltas_of_different_dtypes_are_widened(device) -> None:
+    case = Case(1000, 0, torch.float32, torch.float32)
+    case.deltas = [random_tensor(1000, dtype, 1) for dtype in DTYPES]
+    case.coefficients = random_tensor(3, torch.float32, 2)
+    expected = run_streaming(_native, case, torch.float32, True, "cpu")
+    found = run_streaming(_native_cuda, case.on(device), torch.float32, True, device)
+    for f, e in zip(found, expected, strict=True):
+        same_bytes(f, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(device, dtype) -> None:
+    pairs = torch.tensor(list(itertools.product(SPECIAL, SPECIAL))).to(dtype)
+    case = Case(0, 0, dtype, dtype)
+    case.base, case.deltas = pairs[:, 0].contiguous(), [pairs[:, 1].contiguous()]
+    case.coefficients, case.grad = torch.tensor([1.0]), torch.ones(len(pairs))
+    for experts, out_dtype in itertools.product([False, True], DTYPES):
+        expected = run_streaming(_native, case, out_dtype, experts, "cpu")
+        found = run_streaming(_native_cuda, case.on(device), out_dtype, experts, device)
+        for f, e in zip(found, expected, strict=True):
+            same_bytes(f, e)
+
+
+@pytest.mark.parametrize("source", DTYPES[1:])
+@pytest.mark.parametrize("target", DTYPES)
+def test_conversions_of_every_16_bit_pattern(device, source, target) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(source)
+    out, expected = poisoned(2**16, target, device), poisoned(2**16, target, "cpu")
+    _native.weighted_sum([values], [[]], torch.empty(1, 0), [expected])
+    _native_cuda.weighted_sum([values.to(device)], [[]], torch.empty(1, 0, device=device), [out])
+    same_bytes(out, expected)
+
+
+@pytest.mark.parametrize("target", DTYPES[1:])
+def test_rounding_to_16_bits(device, target) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(target).float()
+    near = halves.view(torch.int32)[:, None] + torch.tensor(
+        [-1, 1, 2**12 - 1, 2**12, 2**12 + 1, 2**15 - 1, 2**15, 2**15 + 1], dtype=torch.int32
+    )
+    values = torch.cat([patterns, near.flatten()]).view(torch.float32)
+    results = []
+    for kernels, where in ((_native, "cpu"), (_native_cuda, device)):
+        out = poisoned(values.numel(), target, where)
+        kernels.weighted_sum([values.to(where)], [[]], torch.empty(1, 0, device=where), [out])
+        results.append(out)
+    same_bytes(results[1], results[0])
+
+
+def histograms(kernels, base, delta, prefix, experts, device):
+    counts = torch.full((2, 65536), 7, dtype=torch.int64, device=device)
+    for level in (0, 1):
+        kernels.magnitude_histogram(base, delta, level, prefix, counts[level], experts)
+    return counts
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 8, 1000, 8200, 40001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitude_histogram(device, size: int, dtype, experts: bool) -> None:
+    base, delta = random_tensor(size, dtype, 0), random_tensor(size, dtype, 1)
+    # Every power of two of the dtype, so that bins outside shared memory are met, and zeros.
+    delta[: size // 2] *= torch.exp2(torch.arange(size // 2) % 250 - 140.0).to(dtype)
+    delta[::5] = base[::5] if experts else 0
+    delta[:8] = torch.tensor(SPECIAL)[:size].to(dtype)
+    tau = delta.float() - base.float() if experts else delta.float()
+    for index in (0, size // 2, size - 1) if size else (0,):
+        prefix = int(tau.abs().view(torch.int32)[index]) >> 15 if size else 0
+        expected = histograms(_native, base, delta, prefix, experts, "cpu")
+        for offset in (0, 1):
+            b, d = to(device, [base, delta], offset)
+            same_bytes(histograms(_native_cuda, b, d, prefix, experts, device), expected)
+
+
+def run_ties(kernels, case, thresholds, device, out_dtype, experts, offset=0, **options):
+    size = case.base.numel()
+    out = poisoned(size, out_dtype, device, offset)
+    masks = torch.full((len(case.deltas), (size + 7) // 8), 255, dtype=torch.uint8, device=device)
+    needs_base = experts or options["add_base"]
+    base = case.base if needs_base else None
+    stats = kernels.ties_merge(base, case.deltas, thresholds, out, experts=experts, **options)
+    majority = options["majority"]
+    elected = kernels.ties_masks(
+        case.base if experts else None,
+        case.deltas,
+        thresholds,
+        masks,
+        experts=experts,
+        majority=majority,
+    )
+    return out, stats, masks, elected
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 1000, 1003, 8192, 40001])
+def test_ties(device, size: int, mode: int, experts: bool) -> None:
+    for index, (count, majority) in enumerate(itertools.product([1, 4, 9, 17], [-1, 0, 1])):
+        dtype, out_dtype = DTYPES[(index + size) % 3], DTYPES[index % 3]
+        case = Case(size, count, dtype, dtype)
+        # Small integers cancel often; some entries are special.
+        case.deltas = [(3 * d).round().clamp(-2, 2).to(dtype) for d in case.deltas]
+        case.base = case.base.round()
+        for delta in case.deltas:
+            delta[5:13] = torch.tensor(SPECIAL)[: max(0, size - 5)].to(dtype)
+        thresholds = torch.rand(count, generator=torch.Generator().manual_seed(index)) * 2
+        options = {"mode": mode, "scaling": 0.3, "majority": majority, "add_base": index % 2 == 0}
+        expected = run_ties(_native, case, thresholds, "cpu", out_dtype, experts, **options)
+        assert size < 1000 or count == 1 or expected[1][1] > 0
+        offset = index % 2
+        found = run_ties(
+            _native_cuda,
+            case.on(device, offset),
+            thresholds.to(device),
+            device,
+            out_dtype,
+            experts,
+            offset,
+            **options,
+        )
+        for f, e in zip(found, expected, strict=True):
+            same_bytes(f, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bytes_for_every_grid(device, dtype, monkeypatch) -> None:
+    case = Case(200_000, 5, dtype, dtype)
+    thresholds = torch.full((5,), 0.5)
+    options = {"mode": 0, "scaling": 0.3, "majority": 1, "add_base": True}
+    first = None
+    for multiprocessors in (1, 2, 5, 1000):
+        monkeypatch.setattr(_native_cuda, "_multiprocessors", lambda index, n=multiprocessors: n)
+        moved = case.on(device)
+        results = [
+            *run_streaming(_native_cuda, moved, dtype, True, device),
+            *run_ties(_native_cuda, moved, thresholds.to(device), device, dtype, True, **options),
+            histograms(_native_cuda, moved.base, moved.deltas[0], 32512, True, device),
+        ]
+        first = first or results
+        for f, e in zip(results, first, strict=True):
+            same_bytes(f, e)
+
+
+def test_too_many_deltas_are_refused(device) -> None:
+    limit = _native_cuda.cuda.max_deltas
+    case = Case(8, limit, torch.float32, torch.float32)
+    expected = run_streaming(_native, case, torch.float32, True, "cpu")
+    found = run_streaming(_native_cuda, case.on(device), torch.float32, True, device)
+    for f, e in zip(found, expected, strict=True):
+        same_bytes(f, e)
+    moved = Case(8, limit + 1, torch.float32, torch.float32).on(device)
+    with pytest.raises(ValueError, match=f"at most {limit} per tensor, found {limit + 1}"):
+        run_streaming(_native_cuda, moved, torch.float32, True, device)
+    with pytest.raises(ValueError, match="deltas: the CUDA kernels take at most"):
+        _native_cuda.ties_merge(None, moved.deltas, moved.coefficients, moved.grad)
