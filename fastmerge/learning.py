@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,16 +18,12 @@ from torch.utils import _pytree as pytree
 
 from .coefficients import Coefficients
 from .learning_checkpoint import load_checkpoint, save_checkpoint
-from .objectives import Batch, Objective, entropy, resolve_objective
+from .learning_step import NO_GRADIENT, EagerStep, GraphedStep, row_count
+from .objectives import Objective, entropy, resolve_objective
 from .ops import softmax_entropy
 
 Logits = Callable[[Any], Tensor]
 
-NO_GRADIENT = (
-    "step {step}: no gradient reaches the coefficients. Does the model hold merged weights, do "
-    "heads and objective keep the graph, and is activation checkpointing non-reentrant "
-    "(use_reentrant=False)?"
-)
 COLLAPSE_WINDOW = 20  # steps over which predicted classes are counted
 
 
@@ -66,7 +63,7 @@ class ShuffledBatches:
 
     def __init__(self, inputs: Any, batch_size: int = 16, seed: int = 0):
         self.inputs, self.batch_size, self.seed = inputs, batch_size, seed
-        self.rows = _row_count(inputs)
+        self.rows = row_count(inputs)
         if not 1 <= batch_size <= self.rows:
             raise ValueError(f"batch_size must be in 1..{self.rows} (the rows), got {batch_size}")
 
@@ -96,6 +93,7 @@ def learn(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
     resume: bool = False,
+    cuda_graph: bool = False,
     progress: bool | None = None,
 ) -> History:
     """Learn merge coefficients by gradient descent on the sum of all tasks' objectives.
@@ -126,6 +124,8 @@ def learn(
             `checkpoint_every` steps and at the end.
         resume: continue from `checkpoint` if it exists. Exact if the batches come in the same
             order again: iterables are read up to the step reached.
+        cuda_graph: capture forward and backward passes in a CUDA graph in the first step and
+            replay it; inputs must keep their shapes, heads and objective must not use the host.
         progress: show a progress bar with loss and time left; by default on a terminal.
 
     Returns:
@@ -154,7 +154,8 @@ def learn(
     streams = {task: _Stream(task, batches[task], len(history.loss)) for task in tasks}
     if loss_of is entropy:
         expert_logits = None  # nothing to compare with
-    runner = _Runner(model, heads or {}, expert_logits or {}, loss_of)
+    kind = GraphedStep if cuda_graph else EagerStep
+    run_step = kind(model, parameters, heads or {}, expert_logits or {}, loss_of)
     monitor = _CollapseMonitor(tasks)
     begun = time.perf_counter() - history.seconds
     if evaluate is not None and not history.evaluations:
@@ -163,9 +164,9 @@ def learn(
         for step in range(len(history.loss), steps):
             if history.stopped_early:
                 break
-            stepper.zero_grad(set_to_none=True)
-            losses, logits = runner.step({t: streams[t].next() for t in tasks}, step)
-            _check_gradients(parameters, step)
+            values, logits = run_step({t: streams[t].next() for t in tasks}, step)
+            losses = {task: float(value) for task, value in values.items()}
+            _check_finite(losses, parameters, step)
             stepper.step()
             history.loss.append(sum(losses.values()))
             for task in tasks:
@@ -200,15 +201,18 @@ def _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_ever
         raise ValueError(f"patience must be at least 1, got {patience}")
 
 
-def _check_gradients(parameters: list[nn.Parameter], step: int) -> None:
-    if all(parameter.grad is None for parameter in parameters):
+def _check_finite(losses: dict[str, float], parameters: list[nn.Parameter], step: int) -> None:
+    kept = "coefficients were left as they are"
+    for task, loss in losses.items():
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the loss of task {task!r} is {loss}; {kept}")
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
         raise RuntimeError(NO_GRADIENT.format(step=step))
-    for parameter in parameters:
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            raise FloatingPointError(
-                f"step {step}: the gradient of the coefficients is NaN or Inf; coefficients were "
-                "left as they are"
-            )
+    if not all(torch.isfinite(gradient).all() for gradient in gradients):
+        raise FloatingPointError(
+            f"step {step}: the gradient of the coefficients is NaN or Inf; {kept}"
+        )
 
 
 def _stalled(losses: list[float], patience: int, window: int = 10) -> bool:
@@ -236,118 +240,6 @@ class _Stream:
             except StopIteration:
                 self.iterator = iter(self.iterable)
         raise ValueError(f"batches of task {self.task!r} are exhausted: the iterable is empty")
-
-
-class _Runner:
-    """One step's forward and backward passes over all tasks."""
-
-    def __init__(self, model, heads, expert_logits, objective):
-        self.model, self.heads = model, heads
-        self.expert_logits, self.objective = expert_logits, objective
-
-    def step(self, inputs: dict[str, Any], step: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Losses and detached logits per task; coefficient gradients are accumulated."""
-        joined = None if _has_training_batch_norm(self.model) else _join(list(inputs.values()))
-        if joined is not None and len(inputs) > 1:
-            merged, rows = joined
-            outputs = _split(call_model(self.model, merged), rows)
-            if outputs is not None:
-                return self._losses(dict(zip(inputs, outputs, strict=True)), inputs, step)
-        losses: dict[str, float] = {}
-        logits: dict[str, Tensor] = {}
-        for task, batch in inputs.items():
-            output = call_model(self.model, batch)
-            task_loss, task_logits = self._losses({task: output}, {task: batch}, step)
-            losses |= task_loss
-            logits |= task_logits
-        return losses, logits
-
-    def _losses(self, outputs, inputs, step):
-        losses, logits = {}, {}
-        for task, output in outputs.items():
-            logits[task] = self._logits(task, output)
-            batch = Batch(task, inputs[task], self._expert_logits(task, inputs[task]))
-            losses[task] = self.objective(logits[task], batch)
-            if not torch.isfinite(losses[task]).all():
-                raise FloatingPointError(
-                    f"step {step}: the loss of task {task!r} is {losses[task].item()}; "
-                    "coefficients were left as they are"
-                )
-        total = sum(losses.values())
-        if not total.requires_grad:
-            raise RuntimeError(NO_GRADIENT.format(step=step))
-        total.backward()
-        values = {task: float(loss.detach()) for task, loss in losses.items()}
-        return values, {task: value.detach() for task, value in logits.items()}
-
-    def _logits(self, task: str, output: Any) -> Tensor:
-        logits = self.heads[task](output) if task in self.heads else output
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"logits of task {task!r} are {type(logits).__name__}, expected a tensor: pass "
-                "heads={task: callable on the model's output}"
-            )
-        return logits
-
-    def _expert_logits(self, task: str, inputs: Any) -> Tensor | None:
-        source = self.expert_logits.get(task)
-        if source is None:
-            return None
-        with torch.no_grad():
-            if isinstance(source, nn.Module):
-                return self._logits(task, call_model(source, inputs))
-            return source(inputs)
-
-
-def call_model(model: Callable, inputs: Any) -> Any:
-    """model(**inputs) for a dict, model(*inputs) for a tuple or list, else model(inputs)."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _row_count(inputs: Any) -> int:
-    counts = {t.shape[0] if t.dim() else 0 for t in pytree.tree_leaves(inputs) if _is_tensor(t)}
-    if len(counts) != 1:
-        raise ValueError(f"inputs must hold tensors with one number of rows, got {sorted(counts)}")
-    return counts.pop()
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _join(inputs: list[Any]) -> tuple[Any, list[int]] | None:
-    """All tasks' inputs as one batch and the rows of each, or None if shapes differ."""
-    flat = [pytree.tree_flatten(i) for i in inputs]
-    leaves, spec = [f[0] for f in flat], flat[0][1]
-    every = [leaf for task in leaves for leaf in task]
-    if any(f[1] != spec for f in flat) or not all(_is_tensor(t) and t.dim() > 0 for t in every):
-        return None
-    columns = list(zip(*leaves, strict=True))
-    if any(len({(t.shape[1:], t.dtype, t.device) for t in column}) > 1 for column in columns):
-        return None
-    rows = [task[0].shape[0] for task in leaves]
-    if any(t.shape[0] != n for task, n in zip(leaves, rows, strict=True) for t in task):
-        return None
-    return pytree.tree_unflatten([torch.cat(column) for column in columns], spec), rows
-
-
-def _split(output: Any, rows: list[int]) -> list[Any] | None:
-    """The output of a joined batch per task, or None where its rows cannot be told apart."""
-    leaves, spec = pytree.tree_flatten(output)
-    total = sum(rows)
-    if not all(_is_tensor(t) and t.dim() > 0 and t.shape[0] == total for t in leaves):
-        return None
-    parts = [leaf.split(rows) for leaf in leaves]
-    return [pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(len(rows))]
-
-
-def _has_training_batch_norm(model: nn.Module) -> bool:
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, batch_norm) and m.training for m in model.modules())
 
 
 class _CollapseMonitor:

@@ -289,5 +289,7 @@ def test_arguments_that_do_not_fit(setting):
         fm.learn(model, coefficients, _batches(data), objective="magic", steps=1)
     with pytest.raises(ValueError, match="task 'a' are exhausted"):
         fm.learn(model, coefficients, {"a": []}, steps=1)
+    with pytest.raises(ValueError, match="cuda_graph needs the model on a CUDA device"):
+        fm.learn(model, coefficients, _batches(data), steps=1, cuda_graph=True)
     with pytest.raises(ValueError, match="batch_size"):
         ShuffledBatches(torch.zeros(4, 2), 5)
