@@ -64,10 +64,11 @@ def for_device(device: torch.device) -> tuple[ModuleType | None, str]:
         return (sys.modules[__name__], "") if cpu is not None else (None, _cpu_reason)
     if device.type != "cuda":
         return None, f"there are no compiled kernels for {device.type} tensors"
-    reason = cuda_unavailable_reason()
-    if reason:
-        return None, reason
-    return importlib.import_module(f"{__package__}._native_cuda"), ""
+    if cuda is None:
+        return None, _cuda_reason
+    kernels = importlib.import_module(f"{__package__}._native_cuda")
+    reason = kernels.unavailable_reason(device)
+    return (None, reason) if reason else (kernels, "")
 
 
 def weighted_sum(

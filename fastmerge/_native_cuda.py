@@ -19,10 +19,10 @@ from ._native import _address, _addresses, _code, _one_dtype, cuda
 @cache
 def unavailable_reason(device: torch.device) -> str:
     """Why the kernels cannot run on a CUDA device; empty when they can."""
-    index = torch.cuda.current_device() if device.index is None else device.index
     info = cuda.device_info()
     if info["reason"]:
         return info["reason"]
+    index = torch.cuda.current_device() if device.index is None else device.index
     reason = cuda.device_reason(index)
     if reason:
         major, minor = torch.cuda.get_device_capability(index)
@@ -149,18 +149,34 @@ def magnitude_histogram(
         counts: int64 [65536], added to.
         experts: whether delta holds fine-tuned weights.
     """
-    cuda.magnitude_histogram(
-        _place(delta),
-        _address(base if experts else None),
-        delta.data_ptr(),
-        delta.numel(),
-        _code([base] if experts else []),
-        _code([delta]),
-        experts,
-        level,
-        prefix,
-        counts.data_ptr(),
-    )
+    _histogram(base if experts else None, delta, level, prefix, 0, counts)
+
+
+def magnitude_threshold(
+    tensors: Sequence[Tensor], bases: Sequence[Tensor | None], position: int
+) -> Tensor:
+    """The position-th smallest magnitude of the entries of a list, found without the host.
+
+    Args:
+        tensors: tensors of one device, each of any of the dtypes.
+        bases: tensors like them to subtract, or None.
+        position: rank, from 1, among all entries.
+
+    Returns:
+        0-dim fp32 tensor; a NaN counts as larger than infinity; 0 if there are no entries.
+    """
+    device = tensors[0].device
+    # Filled on the device: a copy from the host could not be captured in a graph.
+    found = torch.zeros(1, dtype=torch.int64, device=device)
+    rank = torch.full((1,), position, dtype=torch.int64, device=device)
+    counts = torch.zeros(2, cuda.histogram_bins, dtype=torch.int64, device=device)
+    for level in range(2):
+        for tensor, base in zip(tensors, bases, strict=True):
+            _histogram(base, tensor, level, 0, found.data_ptr(), counts[level])
+        cuda.magnitude_refine(
+            _place(found), counts[level].data_ptr(), found.data_ptr(), rank.data_ptr(), level
+        )
+    return found.to(torch.int32).view(torch.float32)[0]
 
 
 def ties_merge(
@@ -269,6 +285,25 @@ def _tensors(
         _code([base for base in bases if base is not None]),
         _code(flat),
         experts,
+    )
+
+
+def _histogram(
+    base: Tensor | None, delta: Tensor, level: int, prefix: int, bits: int, counts: Tensor
+) -> None:
+    """`magnitude_histogram` with the prefix in a number or at the device address `bits`."""
+    cuda.magnitude_histogram(
+        _place(delta),
+        _address(base),
+        delta.data_ptr(),
+        delta.numel(),
+        _code([] if base is None else [base]),
+        _code([delta]),
+        base is not None,
+        level,
+        prefix,
+        bits,
+        counts.data_ptr(),
     )
 
 

@@ -204,6 +204,14 @@ def build_cpu(output: Path, build_dir: Path) -> dict[str, object]:
     return {"levels": list(levels)}
 
 
+def nvcc_command(nvcc: Path, cxx: Sequence[str]) -> list[str]:
+    """How csrc/cuda is compiled for any architecture."""
+    # Without -fmad products and sums round separately, as on the CPU: the same bytes from both.
+    command = [str(nvcc), "-ccbin", cxx[-1], "-std=c++17", "-O3", "-fmad=false"]
+    command += ["-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    return [*command, f"-I{CSRC / 'include'}"]
+
+
 def build_cuda(output: Path, build_dir: Path) -> dict[str, object]:
     """Compiles csrc/cuda with nvcc against the static runtime and links `output`."""
     nvcc = find_nvcc()
@@ -216,9 +224,7 @@ def build_cuda(output: Path, build_dir: Path) -> dict[str, object]:
     toolkit = _toolkit(nvcc)
     cxx = find_cxx()
     common = [f"-I{CSRC / 'include'}", f'-DFASTMERGE_CUDA_ARCHS="{" ".join(names)}"']
-    device = [str(nvcc), "-ccbin", cxx[-1], "-std=c++17", "-O3", "-cudart", "static", *flags]
-    # Products and sums round separately, as on the CPU: the same bytes from both.
-    device += ["-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *common]
+    device = [*nvcc_command(nvcc, cxx), *flags, "--threads", "2", *common]
     ninja = NinjaFile(build_dir)
     objects = [
         ninja.compile(device, source, f"cuda/{source.stem}")

@@ -202,15 +202,23 @@ void combine_and_dot(const Place& place, const Tensors& tensors, uintptr_t coeff
 
 void magnitude_histogram(const Place& place, uintptr_t base, uintptr_t delta, int64_t size,
                          int base_dtype, int delta_dtype, bool experts, int level, int64_t prefix,
-                         uintptr_t counts) {
+                         uintptr_t bits, uintptr_t counts) {
   expect_dtype("base_dtype", base_dtype);
   expect_dtype("delta_dtype", delta_dtype);
   py::gil_scoped_release release;
-  place.run(
-      cuda::magnitude_histogram,
-      cuda::MagnitudeHistogramParams{pointer<const void>(base), pointer<const void>(delta),
-                                     pointer<unsigned long long>(counts), size, prefix, level,
-                                     base_dtype, delta_dtype, experts, place.multiprocessors});
+  place.run(cuda::magnitude_histogram,
+            cuda::MagnitudeHistogramParams{
+                pointer<const void>(base), pointer<const void>(delta),
+                pointer<unsigned long long>(counts), pointer<const int64_t>(bits), size, prefix,
+                level, base_dtype, delta_dtype, experts, place.multiprocessors});
+}
+
+void magnitude_refine(const Place& place, uintptr_t counts, uintptr_t bits, uintptr_t position,
+                      int level) {
+  py::gil_scoped_release release;
+  place.run(cuda::magnitude_refine,
+            cuda::MagnitudeRefineParams{pointer<const unsigned long long>(counts),
+                                        pointer<int64_t>(bits), pointer<int64_t>(position), level});
 }
 
 void ties_merge(const Place& place, const Tensors& tensors, uintptr_t thresholds, uintptr_t out,
@@ -260,8 +268,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("coefficient_grad", &coefficient_grad);
   m.def("combine_and_dot", &combine_and_dot);
   m.def("magnitude_histogram", &magnitude_histogram);
+  m.def("magnitude_refine", &magnitude_refine);
   m.def("ties_merge", &ties_merge);
   m.def("ties_masks", &ties_masks);
+  m.attr("histogram_bins") = cuda::kHistogramBins;
   m.attr("max_deltas") = cuda::kMaxDeltas;
   m.def("device_info", &device_info,
         "Compiled architectures, runtime and driver version, device count, availability, reason.");

@@ -1,4 +1,5 @@
-// Counts of the high or the low bits of |tau|, from which the exact k-th magnitude is read.
+// Counts of the high or the low bits of |tau|, and the exact k-th magnitude read from them without
+// the host.
 //
 // Contiguous tensors; counts is added to. Integers only after the subtraction, so every order of
 // counting gives the same result. Every NaN is counted as the quiet NaN, above infinity.
@@ -44,6 +45,7 @@ template <int kDtype, bool kExperts, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     histogram_kernel(const __grid_constant__ MagnitudeHistogramParams p) {
   __shared__ unsigned int table[kSlots + 1];
+  const uint32_t prefix = uint32_t(p.bits == nullptr ? p.prefix : *p.bits);
   for (uint32_t slot = threadIdx.x; slot <= kSlots; slot += kThreads) table[slot] = 0;
   __syncthreads();
   const int64_t step = int64_t(gridDim.x) * kThreads * kWidth;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int v = 0; v < kWidth; ++v) {
         float tau = task_vector<kDtype, kExperts>(bits[b], base, v);
         uint32_t u = __float_as_uint(canonical_nan(tau)) & 0x7fffffffu;
-        if (p.level == 1 && u >> kLowBits != uint32_t(p.prefix)) continue;
+        if (p.level == 1 && u >> kLowBits != prefix) continue;
         uint32_t bin = p.level == 0 ? u >> kLowBits : u & kLowMask;
         uint32_t slot = p.level == 0 ? high_slot(bin) : low_slot(bin);
         if (slot <= kSlots) {
@@ -83,7 +85,39 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kBinsPerThread = int(kHistogramBins) / kThreads;
+
+__global__ void __launch_bounds__(kThreads)
+    refine_kernel(const __grid_constant__ MagnitudeRefineParams p) {
+  __shared__ unsigned long long reached[2][kThreads];
+  const unsigned long long position = static_cast<unsigned long long>(*p.position);
+  const int64_t high_bits = *p.bits;
+  const int first = int(threadIdx.x) * kBinsPerThread;
+  unsigned long long sum = 0;
+  for (int bin = first; bin < first + kBinsPerThread; ++bin) sum += p.counts[bin];
+  int turn = 0;
+  reached[turn][threadIdx.x] = sum;
+  __syncthreads();
+  for (unsigned step = 1; step < kThreads; step *= 2) {
+    unsigned long long before = threadIdx.x >= step ? reached[turn][threadIdx.x - step] : 0;
+    reached[1 - turn][threadIdx.x] = reached[turn][threadIdx.x] + before;
+    turn = 1 - turn;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0 && reached[turn][kThreads - 1] == 0) *p.bits = 0;
+  unsigned long long below = reached[turn][threadIdx.x] - sum;
+  if (position <= below || position > below + sum) return;
+  int bin = first;
+  while (below + p.counts[bin] < position) below += p.counts[bin++];
+  *p.bits = (p.level == 0 ? 0 : high_bits << kLowBits) | bin;
+  *p.position = int64_t(position - below);
+}
+
 }  // namespace
+
+cudaError_t magnitude_refine(MagnitudeRefineParams p, cudaStream_t stream) {
+  return launch(refine_kernel, 1, 1, kThreads, p, stream);
+}
 
 cudaError_t magnitude_histogram(MagnitudeHistogramParams p, cudaStream_t stream) {
   const void* origin = p.experts ? p.base : nullptr;

@@ -218,6 +218,24 @@ def test_magnitude_histogram(device, size: int, dtype, experts: bool) -> None:
             same_bytes(histograms(_native_cuda, b, d, prefix, experts, device), expected)
 
 
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitude_threshold_is_the_sorted_value(device, dtype, experts: bool) -> None:
+    sizes = [0, 5000, 1, 333]
+    tensors = [random_tensor(size, dtype, i) for i, size in enumerate(sizes)]
+    bases = [random_tensor(size, dtype, 10 + i) for i, size in enumerate(sizes)]
+    tensors[1][:9] = torch.tensor([*SPECIAL, float("nan")]).to(dtype)
+    tau = torch.cat(tensors).float() - (torch.cat(bases).float() if experts else 0)
+    order = tau.abs().sort().values  # NaN last
+    moved = to(device, tensors), to(device, bases) if experts else [None] * len(sizes)
+    for position in (1, 2, 700, 4999, order.numel() - 2, order.numel()):
+        found = _native_cuda.magnitude_threshold(*moved, position)
+        assert found.shape == () and found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu(), order[position - 1], rtol=0, atol=0, equal_nan=True)
+    empty = torch.empty(0, dtype=dtype, device=device)
+    assert _native_cuda.magnitude_threshold([empty], [None], 1).item() == 0
+
+
 def run_ties(kernels, case, thresholds, device, out_dtype, experts, offset=0, **options):
     size = case.base.numel()
     out = poisoned(size, out_dtype, device, offset)

@@ -83,6 +83,7 @@ struct MagnitudeHistogramParams {
   const void* base;  // null without experts
   const void* delta;
   unsigned long long* counts;  // [kHistogramBins]
+  const int64_t* bits;         // [1], the prefix on the device; null: `prefix` holds it
   int64_t size;
   int64_t prefix;
   int level;
@@ -90,6 +91,16 @@ struct MagnitudeHistogramParams {
   int delta_dtype;
   bool experts;
   int multiprocessors;
+};
+
+// Descends one level: with `bits` the high bits found so far and `position` >= 1 a rank from the
+// smallest among the magnitudes counted, appends the level's bits of that magnitude to bits[0] and
+// leaves in position[0] the rank among the magnitudes with these. bits[0] = 0 if none was counted.
+struct MagnitudeRefineParams {
+  const unsigned long long* counts;  // [kHistogramBins]
+  int64_t* bits;                     // [1]
+  int64_t* position;                 // [1]
+  int level;
 };
 
 // How TIES joins the values that agree with the elected sign.
@@ -127,6 +138,7 @@ cudaError_t weighted_sum(WeightedSumParams params, cudaStream_t stream);
 cudaError_t coefficient_grad(CoefficientGradParams params, cudaStream_t stream);
 cudaError_t combine_and_dot(CombineAndDotParams params, cudaStream_t stream);
 cudaError_t magnitude_histogram(MagnitudeHistogramParams params, cudaStream_t stream);
+cudaError_t magnitude_refine(MagnitudeRefineParams params, cudaStream_t stream);
 cudaError_t ties_merge(TiesMergeParams params, cudaStream_t stream);
 cudaError_t ties_masks(TiesMasksParams params, cudaStream_t stream);
 cudaError_t probe(ProbeParams params, cudaStream_t stream);
