@@ -32,22 +32,22 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info demo-results
 	rm -f fastmerge/*.so fastmerge/_build_info.json
 
+# Building without isolation keeps the compiler's command lines, so a second build is incremental.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel pybind11 ninja
 	touch $@
 
-$(VENV)/package: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --editable .
+# The demo runs on the CPU: without a GPU on the machine it does not wait for nvcc.
+$(VENV)/demo: export FASTMERGE_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo]"
 	$(BIN)/fastmerge info
 	touch $@
 
-$(VENV)/demo: $(VENV)/package
-	$(BIN)/pip install --quiet --editable ".[demo]"
-	touch $@
-
-$(VENV)/test: $(VENV)/package
-	$(BIN)/pip install --quiet --editable ".[test]"
+$(VENV)/test: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/fastmerge info
 	touch $@
 
 $(VENV)/dev: $(VENV)/torch

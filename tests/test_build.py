@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -212,3 +213,28 @@ def test_build_info_round_trip(native_build, tmp_path: Path) -> None:
     parts = {"fastmerge._cpu": {"built": False, "reason": "no C++ compiler found"}}
     native_build.write_build_info(tmp_path / "fastmerge" / "info.json", parts)
     assert json.loads((tmp_path / "fastmerge" / "info.json").read_text()) == parts
+
+
+@needs_source
+def test_isolated_wheel(tmp_path: Path) -> None:
+    """`pip wheel .` in an isolated environment without torch gives a complete wheel."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), "."]
+    environment = os.environ | {"FASTMERGE_CUDA": "0"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if "No matching distribution found for setuptools" in result.stderr:
+        pytest.skip("the build requirements cannot be downloaded")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("fastmerge-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = ("__init__.py", "ops/ties.py", "kernels/merged_linear.py", "methods/ties.py")
+    assert all(f"fastmerge/{name}" in names for name in expected)
+    assert "fastmerge/demo/requirements-data.txt" in names
+    assert not any(name.startswith(("kernels/", "tests/", "benches/")) for name in names)
+    if native_compiler():
+        assert any(name.startswith("fastmerge/_cpu.") for name in names)
+
+
+def native_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "c++")) is not None
