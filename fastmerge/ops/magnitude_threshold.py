@@ -68,6 +68,13 @@ def magnitude_threshold(
         raise ValueError(f"magnitude_threshold: rank must be in 1..{total}, got {rank}")
     position = rank_from_density(total, density) if rank is None else total - rank + 1
     accumulate = accumulate_dtype(*tensors, *bases)
+    if accumulate == torch.float32 and {t.device.type for t in tensors} == {"cuda"}:
+        for t, b in zip(tensors, bases, strict=True):
+            _check(t, b, 0, 0, False)
+        kernels = native_kernels("magnitude_threshold", *tensors, *bases)
+        if kernels is not None and len({t.device for t in tensors}) == 1:
+            origins = [None if b is None else b.contiguous() for b in bases]
+            return kernels.magnitude_threshold([t.contiguous() for t in tensors], origins, position)
     bits = 0
     for level in range(len(LEVEL_BITS[accumulate])):
         counts = sum(

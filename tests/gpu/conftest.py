@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -12,6 +12,20 @@ import torch
 from fastmerge import _native, _native_cuda
 
 from .emulated import build
+
+CPU_KERNELS = _native.for_device(torch.device("cpu"))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Calls a function whose ops take the CPU kernels."""
+
+    def call(run: Callable, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "for_device", lambda device: CPU_KERNELS)
+            return run(*arguments)
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +64,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         return extension.Place(0, _native_cuda._multiprocessors(0), 0)
 
     monkeypatch.setattr(_native_cuda, "_place", place)
+    monkeypatch.setattr(_native, "for_device", lambda device: (_native_cuda, ""))
     return torch.device("cpu")
 
 
