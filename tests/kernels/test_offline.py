@@ -1,0 +1,138 @@
+"""What the compiler makes of every kernel and configuration, read from its output; needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+from fastmerge.kernels import (
+    coefficient_grad,
+    launching,
+    merged_linear,
+    row_linear,
+    softmax_entropy,
+)
+
+from . import offline
+
+pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="kernels loaded for the interpreter")
+PINNED = triton.__version__ == "3.6.0"
+CASES = {case.name: case for case in offline.cases()}
+# Tiles that feed a matrix instruction; fp32 without tf32 has none.
+MATRIX = [
+    name
+    for name, case in CASES.items()
+    if case.kernel in ("merged_linear", "coefficient_grad", "row_linear")
+    and not (case["x"] == "fp32" and case["precision"] == "ieee")
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, int]]:
+    return offline.measure_all()
+
+
+@pytest.fixture
+def resources(found, request) -> dict[str, int]:
+    return found[request.param]
+
+
+def each(names):
+    cases = [pytest.param(name, name, id=name) for name in names]
+    return pytest.mark.parametrize("resources, name", cases, indirect=["resources"])
+
+
+@each(CASES)
+def test_fits_the_target(resources, name):
+    case = CASES[name]
+    assert resources["shared"] <= offline.SHARED_MEMORY[case.target]
+    assert resources["atomics"] == 0
+    if case.target <= 90 and PINNED:
+        assert resources["spilled"] == 0 and resources["registers"] <= 255, resources
+
+
+@each(MATRIX)
+def test_matrix_instructions(resources, name):
+    case = CASES[name]
+    kind = offline.MATRIX_INSTRUCTION[case.target]
+    assert resources[kind] > 0, resources
+    others = set(offline.MATRIX_INSTRUCTION.values()) - {kind}
+    assert not any(resources[other] for other in others), resources
+    if case.kernel == "merged_linear" and case.target == 90 and PINNED:
+        # The merged tile goes from registers into the instruction, never through shared memory.
+        assert resources["register_a"] == resources[kind], resources
+
+
+@each(name for name, case in CASES.items() if case.kernel == "merged_linear")
+def test_weights_arrive_in_copies_of_16_bytes(resources, name):
+    case = CASES[name]
+    tiles = case["count"] + 1
+    threads = 32 * case.config.warps
+    width = {"fp32": 4}.get(case["weights"], 2)
+    a_stage = tiles * case.config.out * case.config.inner * width // (16 * threads)
+    stages = case.config.stages if PINNED else 1
+    assert resources["wide_copies"] >= a_stage * stages, resources
+
+
+@each(name for name, case in CASES.items() if case.kernel in ("softmax_entropy", "partial_sums"))
+def test_sums_do_not_depend_on_the_number_of_warps(resources, name):
+    """`tl.sum` groups its terms by thread; these kernels add pairs of a fixed tree instead."""
+    assert resources["sum_reductions"] == 0
+
+
+def needed(case: offline.Case) -> int | None:
+    x, weight = (offline.DTYPES[case[name]].itemsize for name in ("x", "weights"))
+    if case.kernel == "merged_linear":
+        sizes = x, weight, weight * case["count"]
+        return merged_linear.needed_shared_memory(case.config, *sizes)
+    if case.kernel == "coefficient_grad":
+        return coefficient_grad.needed_shared_memory(case.config, x)
+    if case.kernel == "row_linear":
+        return row_linear.needed_shared_memory(case.config, x, 2 * weight)
+    return None
+
+
+@pytest.mark.skipif(not PINNED, reason="other versions of the compiler allocate differently")
+@each(name for name, case in CASES.items() if case.target <= 90 and needed(case) is not None)
+def test_the_bound_on_shared_memory_holds(resources, name):
+    assert resources["shared"] <= needed(CASES[name])
+
+
+@pytest.mark.skipif(not PINNED, reason="the page lists the resources under Triton 3.6.0")
+def test_the_page_lists_these_resources(found):
+    listed = offline.PAGE.read_text().partition(offline.BEGIN)[2].partition(offline.END)[0]
+    assert listed == offline.table(found), (
+        "docs/kernels.md is out of date: python tests/kernels/offline.py --write"
+    )
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("limit", [101376, 166912, 232448])
+@pytest.mark.parametrize("capability", [8, 9, 10, 12])
+def test_configurations_never_change_the_order_of_a_sum(capability, limit):
+    """Measuring picks among these, so whatever orders a sum must be the same in all of them."""
+    for dtype in DTYPES:
+        for delta_dtype in DTYPES:
+            for rows in (1, 17, 40, 65, 5000):
+                for count in (1, 8, 9, 17):
+                    dtypes = dtype, delta_dtype, delta_dtype
+                    arguments = rows, *dtypes, count, capability, limit
+                    configs = merged_linear.configurations(*arguments)
+                    assert 1 <= len(configs) <= 4 and len({c.inner for c in configs}) == 1
+                configs = row_linear.configurations(rows, *dtypes, limit)
+                assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
+            for outer in (10, 1000):
+                configs = coefficient_grad.configurations(outer, 1000, dtype, delta_dtype, limit)
+                assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
+    for classes in (1, 10, 1000, 50000):
+        assert len({c.out for c in softmax_entropy.configurations(classes)}) == 1
+
+
+def test_more_experts_take_narrower_steps():
+    blocks = [merged_linear.inner_block(2, 2, count) for count in range(1, 33)]
+    assert blocks == [64] * 8 + [32] * 8 + [16] * 16
