@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(dot_threads(kWidth))
     const int r = row_of(table, unit);
     const TableRow& row = table.rows[r];
     const void* const* deltas = table.deltas + r * k;
-    const float* coefficients = kCombine ? table.coefficients + row.index * k : nullptr;
+    float coefficients[kGroup];
+    if (kCombine) load_scalars(coefficients, table.coefficients + row.index * k, 0, k);
     const int64_t block = unit - row.first_unit;
     const int64_t begin = block * kBlock + tile * kTile;
     const int64_t end = begin + kTile < row.size ? begin + kTile : row.size;
@@ -73,12 +74,11 @@ __global__ void __launch_bounds__(dot_threads(kWidth))
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
           if (first + j >= k) continue;
-          float coefficient = kCombine ? __ldg(coefficients + j) : 0.0f;
 #pragma unroll
           for (int v = 0; v < kWidth; ++v) {
             float tau = task_vector<kDtype, kExperts>(bits[j], base, v);
             lanes[j].lane[v] = lanes[j].lane[v] + grad.lane[v] * tau;
-            if (kCombine) sum.lane[v] = sum.lane[v] + coefficient * tau;
+            if (kCombine) sum.lane[v] = sum.lane[v] + coefficients[j] * tau;
           }
         }
         if (kCombine) store(row.out, i, sum, table.out_dtype);

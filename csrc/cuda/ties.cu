@@ -79,18 +79,22 @@ __device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t
   const TableRow& row = table.rows[0];
   Bits<kWidth> bits[kGroup], base_bits = {};
   if (kExperts || p.add_base) base_bits = load_base<kWidth>(row.base, i, table.base_dtype);
+  float thresholds[kGroup];
+  load_scalars(thresholds, p.thresholds, 0, table.k);
   load_group<kDtype>(bits, table.deltas, 0, table.k, i);
   Floats<kWidth> base = to_floats(base_bits, table.base_dtype);
   Floats<kWidth> sum = {}, positive = {}, negative = {}, positive_count = {}, negative_count = {};
   for (int first = 0; first < table.k; first += kGroup) {
-    if (first > 0) load_group<kDtype>(bits, table.deltas, first, table.k, i);
+    if (first > 0) {
+      load_scalars(thresholds, p.thresholds, first, table.k);
+      load_group<kDtype>(bits, table.deltas, first, table.k, i);
+    }
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       if (first + j >= table.k) continue;
-      float threshold = __ldg(p.thresholds + first + j);
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) {
-        float x = trim(task_vector<kDtype, kExperts>(bits[j], base, v), threshold);
+        float x = trim(task_vector<kDtype, kExperts>(bits[j], base, v), thresholds[j]);
         bool up = x > 0.0f, down = x < 0.0f;
         sum.lane[v] = sum.lane[v] + x;
         if constexpr (kMerge == Merge::kMax) {

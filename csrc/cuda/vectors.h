@@ -168,4 +168,11 @@ __device__ __forceinline__ void load_group(Bits<kWidth> (&bits)[kGroup], const v
   }
 }
 
+// Their coefficients or thresholds, under way together with them.
+__device__ __forceinline__ void load_scalars(float (&scalars)[kGroup], const float* from, int first,
+                                             int k) {
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) scalars[j] = first + j < k ? __ldg(from + first + j) : 0.0f;
+}
+
 }  // namespace fastmerge::cuda

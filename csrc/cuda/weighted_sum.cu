@@ -11,6 +11,7 @@ namespace fastmerge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident = 3;  // blocks a multiprocessor holds at least: bounds the registers
 constexpr int kBlocksPerMultiprocessor = 8;
 
 template <int kDtype, bool kExperts, int kWidth>
@@ -18,19 +19,23 @@ __device__ __forceinline__ Floats<kWidth> combine(const TensorTable& table, cons
                                                   const void* const* deltas, int64_t i) {
   const float* coefficients = table.coefficients + row.index * table.k;
   Bits<kWidth> bits[kGroup];
+  float scalars[kGroup];
   Bits<kWidth> base_bits = load_base<kWidth>(row.base, i, table.base_dtype);
+  load_scalars(scalars, coefficients, 0, table.k);
   load_group<kDtype>(bits, deltas, 0, table.k, i);
   Floats<kWidth> base = to_floats(base_bits, table.base_dtype), sum = base;
   for (int first = 0; first < table.k; first += kGroup) {
-    if (first > 0) load_group<kDtype>(bits, deltas, first, table.k, i);
+    if (first > 0) {
+      load_scalars(scalars, coefficients, first, table.k);
+      load_group<kDtype>(bits, deltas, first, table.k, i);
+    }
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       if (first + j >= table.k) continue;
-      float coefficient = __ldg(coefficients + first + j);
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) {
         float tau = task_vector<kDtype, kExperts>(bits[j], base, v);
-        sum.lane[v] = sum.lane[v] + coefficient * tau;
+        sum.lane[v] = sum.lane[v] + scalars[j] * tau;
       }
     }
   }
@@ -38,7 +43,7 @@ __device__ __forceinline__ Floats<kWidth> combine(const TensorTable& table, cons
 }
 
 template <int kDtype, bool kExperts, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     weighted_sum_kernel(const __grid_constant__ TensorTable table) {
   for (int64_t unit = blockIdx.x; unit < table.units; unit += gridDim.x) {
     int r = row_of(table, unit);
