@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# In a checkout that is used without installing it, fastmerge.kernels is the folder beside this one.
+_root = Path(__file__).resolve().parent
+if not (_root / "kernels").exists() and (_root.parent / "kernels" / "tiles.py").exists():
+    __path__.append(str(_root.parent))
 
 if TYPE_CHECKING:
     from . import ops
