@@ -1,6 +1,8 @@
 // Fibers for the threads of a block, and the few runtime functions that the binding calls.
 //
-// FASTMERGE_EMULATED_ORDER=reverse runs blocks and threads from the last to the first.
+// Warps run one after the other, each as far as it gets before a barrier of the block stops it, so
+// that a warp which runs ahead of a missing barrier is seen. FASTMERGE_EMULATED_ORDER=reverse takes
+// blocks, warps and threads from the last to the first.
 // FASTMERGE_EMULATED_DRIVER_ERROR and FASTMERGE_EMULATED_CODE_ERROR are error codes that the
 // device count and the look for device code return.
 #include "emulation.h"
@@ -60,6 +62,22 @@ void start() {
   ++steps;
 }
 
+// Runs a warp until all its threads are done or wait; returns how many got done.
+unsigned run_warp(unsigned first, bool reverse) {
+  unsigned size = block_size - first < kWarp ? block_size - first : kWarp, done = 0;
+  for (unsigned long before = steps - 1; steps != before;) {
+    before = steps;
+    for (unsigned n = 0; n < size; ++n) {
+      current = first + (reverse ? size - 1 - n : n);
+      if (fibers[current].done) continue;
+      threadIdx = {current, 0, 0};
+      swapcontext(&scheduler, &fibers[current].context);
+      done += fibers[current].done;
+    }
+  }
+  return done;
+}
+
 void run_block(bool reverse) {
   block = {};
   warps.assign((block_size + kWarp - 1) / kWarp, {});
@@ -73,14 +91,12 @@ void run_block(bool reverse) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, start, 0);
   }
-  for (unsigned left = block_size; left > 0;) {
+  unsigned left = block_size;
+  while (left > 0) {
     unsigned long before = steps;
-    for (unsigned n = 0; n < block_size; ++n) {
-      current = reverse ? block_size - 1 - n : n;
-      if (fibers[current].done) continue;
-      threadIdx = {current, 0, 0};
-      swapcontext(&scheduler, &fibers[current].context);
-      if (fibers[current].done) --left;
+    for (unsigned w = 0; w < warps.size(); ++w) {
+      unsigned first = (reverse ? unsigned(warps.size()) - 1 - w : w) * kWarp;
+      left -= run_warp(first, reverse);
     }
     if (left > 0 && steps == before) {
       fprintf(stderr, "emulated block %u: %u threads wait forever\n", blockIdx.x, left);

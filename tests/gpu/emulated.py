@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,7 @@ def native_build() -> ModuleType:
     return load_file("native_build", path)
 
 
+@cache
 def build() -> ModuleType:
     """The emulated extension; skips where g++ or the CUDA headers are missing."""
     build = native_build()

@@ -88,6 +88,23 @@ def test_streaming(device, size: int, experts: bool) -> None:
             same_bytes(f, e)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_of_additions(device, dtype) -> None:
+    """Magnitudes so far apart that every other order gives other bytes."""
+    case = Case(60_000, 3, dtype, dtype)
+    exponents = torch.randint(-45, 45, (60_000,), generator=torch.Generator().manual_seed(9))
+    case.grad *= torch.exp2(exponents.float())
+    expected = run_streaming(_native, case, dtype, False, "cpu")
+    shuffled = _native.coefficient_grad(
+        [case.grad.flip(0)], None, [[delta.flip(0) for delta in case.deltas]]
+    )
+    assert (shuffled[0] != expected[1]).all()
+    for offset in (0, 1):
+        found = run_streaming(_native_cuda, case.on(device, offset), dtype, False, device, offset)
+        for f, e in zip(found, expected, strict=True):
+            same_bytes(f, e)
+
+
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("base_dtype", DTYPES)
 @pytest.mark.parametrize("delta_dtype", DTYPES)
@@ -265,8 +282,8 @@ def test_ties(device, size: int, mode: int, experts: bool) -> None:
         # Small integers cancel often; some entries are special.
         case.deltas = [(3 * d).round().clamp(-2, 2).to(dtype) for d in case.deltas]
         case.base = case.base.round()
-        for delta in case.deltas:
-            delta[5:13] = torch.tensor(SPECIAL)[: max(0, size - 5)].to(dtype)
+        for k, delta in enumerate(case.deltas):  # infinities of both signs meet
+            delta[5:13] = torch.tensor(SPECIAL).roll(k)[: max(0, size - 5)].to(dtype)
         thresholds = torch.rand(count, generator=torch.Generator().manual_seed(index)) * 2
         options = {"mode": mode, "scaling": 0.3, "majority": majority, "add_base": index % 2 == 0}
         expected = run_ties(_native, case, thresholds, "cpu", out_dtype, experts, **options)
