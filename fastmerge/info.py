@@ -14,7 +14,6 @@ from .ops import _library
 
 def info() -> dict[str, Any]:
     """Versions, native parts with the reasons of missing ones, and the ops' implementations."""
-    triton = importlib.util.find_spec("triton")
     return {
         "fastmerge": __version__,
         "python": platform.python_version(),
@@ -22,8 +21,8 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu kernels": _cpu_state(),
         "cuda kernels": _cuda_state(),
-        "triton kernels": "triton is installed" if triton else "missing: triton is not installed",
-        "ops": {name: _implementations(cpu) for name, cpu in _library.REGISTERED.items()},
+        "triton kernels": _triton_state(),
+        "ops": {name: _runs_on(name, compiled) for name, compiled in _library.REGISTERED.items()},
     }
 
 
@@ -42,5 +41,25 @@ def _cuda_state() -> str:
     return f"{compiled}, not usable here: {reason}" if reason else compiled
 
 
-def _implementations(native_cpu: bool) -> str:
-    return "native CPU, reference" if native_cpu and _native.available() else "reference"
+def _triton_state() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "missing, the reference runs: triton is not installed"
+    if not torch.cuda.is_available():
+        return "not usable here: torch finds no CUDA device"
+    return "usable on compute capability 8.0 and newer"
+
+
+def _runs_on(name: str, compiled: bool) -> str:
+    """What computes the op for CPU tensors and, where there is a GPU, for CUDA tensors."""
+    cpu = "native" if compiled and _native.available() else "reference"
+    if not torch.cuda.is_available():
+        return f"cpu: {cpu}"
+    able = {
+        "CUDA C++": compiled and name in _CUDA and not _native.cuda_unavailable_reason(),
+        "Triton": name in _TRITON and importlib.util.find_spec("triton") is not None,
+    }
+    return f"cpu: {cpu}, cuda: {' or '.join(k for k, v in able.items() if v) or 'reference'}"
+
+
+_TRITON = ("merged_linear", "merged_linear_backward", "softmax_entropy", "softmax_entropy_backward")
+_CUDA = frozenset(_library.REGISTERED) - {"softmax_entropy", "softmax_entropy_backward"}
