@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .merged_weight import MergedWeight
     from .merging import merge
+    from .ops._strategy import use_strategy
+    from .report import heat_map
 
 _HOMES = {
     "attachment": ("attach", "coverage", "detach", "materialize", "remerge_"),
@@ -31,6 +33,8 @@ _HOMES = {
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
+    "ops._strategy": ("use_strategy",),
+    "report": ("heat_map",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -45,6 +49,7 @@ __all__ = [
     "attach",
     "coverage",
     "detach",
+    "heat_map",
     "learn",
     "load_coefficients",
     "materialize",
@@ -52,6 +57,7 @@ __all__ = [
     "ops",
     "remerge_",
     "use_backend",
+    "use_strategy",
 ]
 
 
