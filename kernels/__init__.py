@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .launching import device_limits, refusal
+from .launching import device_limits, is_aligned, refusal
 
 _HOMES = {
     "coefficient_grad": ("linear_coefficient_grad",),
@@ -60,10 +60,10 @@ def _shared_memory_refusal(
         if function == "linear_coefficient_grad":
             module.configurations(*delta.shape, x.dtype, delta.dtype, limit)
         elif function.startswith("row_linear"):
-            module.configurations(rows, x.dtype, base_dtype, delta.dtype, limit)
+            module.configurations(rows, x.dtype, base_dtype, delta.dtype, is_aligned(delta), limit)
         else:
             dtypes = x.dtype, base_dtype, delta.dtype
-            module.configurations(rows, *dtypes, len(deltas), capability, limit)
+            module.configurations(rows, *dtypes, len(deltas), is_aligned(delta), capability, limit)
     except RuntimeError as error:
         return str(error)
     return None

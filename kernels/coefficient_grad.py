@@ -96,7 +96,8 @@ def tile(
     outer: int, inner: int, dtype: torch.dtype, delta_dtype: torch.dtype
 ) -> tuple[int, int, int, int]:
     """(out, inner, rows a step, warps): a rule of shape and dtypes, as it orders the sums."""
-    if dtype == torch.float32:
+    # Odd shapes are read element by element, which takes an address for each.
+    if dtype == torch.float32 or outer % 16 or inner % 16:
         return 64, 64, 32, 8
     if min(outer, inner) <= 64:
         return 64, 64, 64, 4

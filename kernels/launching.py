@@ -135,6 +135,14 @@ def like_layout(base: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tuple[T
     return base.contiguous(), tuple(t.contiguous() for t in deltas)
 
 
+def is_aligned(weight: Tensor) -> bool:
+    """Whether a matrix can be copied 16 bytes at a time, judged by its shape and strides."""
+    for contiguous, other in ((1, 0), (0, 1)):
+        if weight.stride(contiguous) == 1:
+            return weight.shape[contiguous] % 16 == 0 and weight.stride(other) % 16 == 0
+    return False
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device the current one: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

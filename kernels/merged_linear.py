@@ -24,6 +24,7 @@ from .launching import (
     check_shape,
     choose,
     device_limits,
+    is_aligned,
     like_layout,
     on_device,
     power_of_two,
@@ -123,8 +124,13 @@ def needed_shared_memory(config: Config, x_bytes: int, base_bytes: int, delta_by
     return weights + config.stages * config.inner * config.rows * x_bytes
 
 
-def inner_block(x_bytes: int, weight_bytes: int, count: int) -> int:
-    """Columns merged per step: the more experts, the narrower, to bound registers and memory."""
+def inner_block(x_bytes: int, weight_bytes: int, count: int, aligned: bool) -> int:
+    """Columns merged per step: the more experts, the narrower, to bound registers and memory.
+
+    Weights that are not `aligned` arrive element by element, which takes an address for each.
+    """
+    if not aligned:
+        return 16
     widest = 64 if count <= 8 else 32 if count <= 16 else 16
     return max(16, widest * 2 // max(x_bytes, weight_bytes))
 
@@ -135,12 +141,14 @@ def configurations(
     base_dtype: torch.dtype,
     delta_dtype: torch.dtype,
     count: int,
+    aligned: bool,
     capability: int,
     limit: int,
 ) -> list[Config]:
     """The configurations to choose from, best guess first; all write the same bytes.
 
     Args:
+        aligned: whether the weights can be copied 16 bytes at a time, see `is_aligned`.
         capability: major compute capability of the device.
         limit: bytes of shared memory a block may use there.
 
@@ -148,13 +156,16 @@ def configurations(
         RuntimeError: the device has too little shared memory for the smallest tile.
     """
     sizes = x_dtype.itemsize, base_dtype.itemsize, delta_dtype.itemsize * count
-    inner = inner_block(x_dtype.itemsize, max(base_dtype.itemsize, delta_dtype.itemsize), count)
+    weight_bytes = max(base_dtype.itemsize, delta_dtype.itemsize)
+    inner = inner_block(x_dtype.itemsize, weight_bytes, count, aligned)
+    width = min(128, max(16, power_of_two(rows)))
     tiles = WGMMA_TILES if capability in WGMMA_CAPABILITIES else MMA_TILES
     tiles = FP32_TILES if x_dtype == torch.float32 else tiles
+    table = tiles[width] if aligned else ((64, min(64, width), 8, 2),)
     configs = []
-    for out, width, warps, stages in tiles[min(128, max(16, power_of_two(rows)))]:
+    for out, width, warps, stages in table:
         # Eight warps would copy a merged tile this small in pieces of less than 16 bytes.
-        warps = 4 if out * inner * sizes[1] == 64 * 16 * 2 else warps
+        warps = 4 if aligned and out * inner * sizes[1] == 64 * 16 * 2 else warps
         if count <= WIDE_TILE_EXPERTS or out * width <= 32 * warps * WIDE_TILE_SUMS:
             configs.append(Config(out, width, inner, warps, stages))
     needed = {config: needed_shared_memory(config, *sizes) for config in configs}
@@ -183,7 +194,7 @@ def _launch(op, x, base, deltas, coefficients, bias, experts, transpose, tf32):
     check_shape(op, "x", x, [rows, inner])
     check_shape(op, "bias", bias, [outer])
     dtypes = x.dtype, base.dtype, deltas[0].dtype
-    configs = configurations(rows, *dtypes, len(deltas), *device_limits(x.device))
+    configs = configurations(rows, *dtypes, len(deltas), is_aligned(base), *device_limits(x.device))
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y

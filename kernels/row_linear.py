@@ -23,6 +23,7 @@ from .launching import (
     check_shape,
     choose,
     device_limits,
+    is_aligned,
     like_layout,
     on_device,
     power_of_two,
@@ -162,10 +163,15 @@ def _row_linear_kernel(
 STAGES = {2: (3, 2), 4: (3,)}
 
 
-def tile(rows: int, dtype: torch.dtype, delta_dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(out, rows, inner, warps): a rule of row count and dtypes, as it orders the row dots."""
+def tile(
+    rows: int, dtype: torch.dtype, delta_dtype: torch.dtype, aligned: bool
+) -> tuple[int, int, int, int]:
+    """(out, rows, inner, warps): a rule of row count and dtypes, as it orders the row dots.
+
+    Weights that are not `aligned` are read element by element, which takes an address for each.
+    """
     width = min(64, max(16, power_of_two(rows)))
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not aligned:
         return 64, width, 16, 8
     if rows > 512 and delta_dtype != torch.float32:
         return 128, 64, 32, 8
@@ -184,6 +190,7 @@ def configurations(
     x_dtype: torch.dtype,
     base_dtype: torch.dtype,
     delta_dtype: torch.dtype,
+    aligned: bool,
     limit: int,
 ) -> list[Config]:
     """Only the depth of the pipeline is left to measuring.
@@ -191,7 +198,7 @@ def configurations(
     Raises:
         RuntimeError: the device has too little shared memory for the shallowest pipeline.
     """
-    out, width, inner, warps = tile(rows, x_dtype, delta_dtype)
+    out, width, inner, warps = tile(rows, x_dtype, delta_dtype, aligned)
     sizes = x_dtype.itemsize, base_dtype.itemsize + delta_dtype.itemsize
     configs = [Config(out, width, inner, warps, stages) for stages in STAGES[x_dtype.itemsize]]
     needed = {config: needed_shared_memory(config, *sizes) for config in configs}
@@ -216,7 +223,7 @@ def _launch(op, x, base, deltas, coefficients, bias, other, experts, transpose, 
     check_shape(op, "other", other, [rows, outer])
     dtypes = x.dtype, base.dtype, deltas[0].dtype
     _, limit = device_limits(x.device)
-    configs = configurations(rows, *dtypes, limit)
+    configs = configurations(rows, *dtypes, is_aligned(base), limit)
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y, torch.zeros(rows, len(deltas), dtype=torch.float32, device=x.device)

@@ -50,11 +50,12 @@ def nth_pointer(pointers, k, COUNT: tl.constexpr):
 def ordered_sum(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of each row of `values` [ROWS, COLUMNS] in an order that no launch parameter changes.
 
-    Neighbours are added pairwise until one column is left. `tl.sum` would group the columns by
+    The halves are added until one column is left. `tl.sum` would group the columns by
     the threads that hold them, which depends on the number of warps.
     """
     for step in tl.static_range(16):
         if (COLUMNS >> step) > 1:
-            left, right = tl.split(tl.reshape(values, [ROWS, COLUMNS >> (step + 1), 2]))
+            halves = tl.reshape(values, [ROWS, 2, COLUMNS >> (step + 1)])
+            left, right = tl.split(tl.permute(halves, (0, 2, 1)))
             values = left + right
     return tl.reshape(values, [ROWS])

@@ -210,7 +210,7 @@ def _merged_linear_cases(target: int) -> Iterator[Case]:
     def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
         values = DEFAULTS | options
         weights, limit = DTYPES[values["weights"]], SHARED_MEMORY[target]
-        arguments = rows, DTYPES[values["x"]], weights, weights, values["count"]
+        arguments = rows, DTYPES[values["x"]], weights, weights, values["count"], True
         configs = merged_linear.configurations(*arguments, target // 10, limit)
         yield from _variants("merged_linear", form, target, configs, options)
 
@@ -251,7 +251,7 @@ def _row_linear_cases(target: int) -> Iterator[Case]:
     def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
         values = DEFAULTS | options
         weights = DTYPES[values["weights"]]
-        arguments = rows, DTYPES[values["x"]], weights, weights, SHARED_MEMORY[target]
+        arguments = rows, DTYPES[values["x"]], weights, weights, True, SHARED_MEMORY[target]
         configs = row_linear.configurations(*arguments)
         yield from _variants("row_linear", form, target, configs, options)
 
@@ -321,10 +321,11 @@ def measure(case: Case) -> dict[str, Any]:
         target=GPUTarget("cuda", case.target, 32),
         options=case.config.launch | launch.options,
     )
-    return _read(compiled)
+    return read(compiled)
 
 
-def _read(compiled: Any) -> dict[str, Any]:
+def read(compiled: Any) -> dict[str, Any]:
+    """Registers, spills, shared memory and instructions of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

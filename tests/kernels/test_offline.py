@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -119,12 +121,12 @@ def test_configurations_never_change_the_order_of_a_sum(capability, limit):
     for dtype in DTYPES:
         for delta_dtype in DTYPES:
             for rows in (1, 17, 40, 65, 5000):
-                for count in (1, 8, 9, 17):
-                    dtypes = dtype, delta_dtype, delta_dtype
-                    arguments = rows, *dtypes, count, capability, limit
+                dtypes = dtype, delta_dtype, delta_dtype
+                for count, aligned in itertools.product((1, 8, 9, 17), (False, True)):
+                    arguments = rows, *dtypes, count, aligned, capability, limit
                     configs = merged_linear.configurations(*arguments)
                     assert 1 <= len(configs) <= 4 and len({c.inner for c in configs}) == 1
-                configs = row_linear.configurations(rows, *dtypes, limit)
+                configs = row_linear.configurations(rows, *dtypes, True, limit)
                 assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
             for outer in (10, 1000):
                 configs = coefficient_grad.configurations(outer, 1000, dtype, delta_dtype, limit)
@@ -134,5 +136,6 @@ def test_configurations_never_change_the_order_of_a_sum(capability, limit):
 
 
 def test_more_experts_take_narrower_steps():
-    blocks = [merged_linear.inner_block(2, 2, count) for count in range(1, 33)]
+    blocks = [merged_linear.inner_block(2, 2, count, True) for count in range(1, 33)]
     assert blocks == [64] * 8 + [32] * 8 + [16] * 16
+    assert merged_linear.inner_block(2, 2, 1, False) == 16

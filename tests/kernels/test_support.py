@@ -107,7 +107,8 @@ def test_shapes(gpu):
 
 def test_too_little_shared_memory(gpu):
     gpu.shared_memory_per_block_optin = 49152
-    x, base, deltas, lam = arguments(count=8)
+    x, lam = fake(3, 64), fake(8, dtype=torch.float32)
+    base, *deltas = (fake(32, 64) for _ in range(9))
     message = (
         "merged_linear: 8 deltas in torch.bfloat16 need 86016 bytes of shared memory per block"
     )

@@ -58,7 +58,7 @@ def test_every_configuration(dtype, capability, rows, device, monkeypatch):
     lam = coefficients(2, device)
     x = whole(rows, 80, seed=2, dtype=dtype, device=device)
     truth = (x.double() @ merged(base, deltas, lam, True, False).t()).to(dtype)
-    configs = module.configurations(rows, dtype, dtype, dtype, 2, capability, 232448)
+    configs = module.configurations(rows, dtype, dtype, dtype, 2, True, capability, 232448)
     for config in configs:
         monkeypatch.setattr(module, "choose", lambda key, configs, launch, config=config: config)
         y = module.merged_linear_forward(x, base, deltas, lam, None, True, False)

@@ -1,0 +1,110 @@
+"""The launchers' own calls, down to the compiled kernel: all of a launch but the GPU.
+
+A stand-in for the driver names the target, and each call stops where it would load the code.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastmerge.kernels import launching
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+from triton.runtime.driver import driver
+
+from fastmerge import kernels
+
+from . import offline
+
+pytestmark = [
+    pytest.mark.skipif(launching.INTERPRETED, reason="kernels loaded for the interpreter"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the value tests run on the GPU"),
+]
+
+
+@pytest.fixture(params=[80, 90], ids=lambda target: f"sm_{target}")
+def compiled(request, monkeypatch):
+    """Launch on CPU tensors as if they were on the target; collects what was compiled."""
+    found, run = [], JITFunction.run
+    stand_in = SimpleNamespace(
+        get_current_device=lambda: f"stand-in sm_{request.param}",
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", request.param, 32),
+    )
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        found.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(driver, "_active", stand_in)
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launching, "INTERPRETED", True)
+    limits = request.param // 10, offline.SHARED_MEMORY[request.param]
+    monkeypatch.setattr(launching, "INTERPRETED_LIMITS", limits)
+    return found
+
+
+def check(compiled, launches):
+    assert len(compiled) == launches
+    for kernel in compiled:
+        read = offline.read(kernel)
+        limit = launching.INTERPRETED_LIMITS[1]
+        assert read["spilled"] == 0 and read["shared"] <= limit, (kernel.name, read)
+
+
+@pytest.mark.parametrize(
+    "sizes, count",
+    [((100, 256, 128), 32), ((9, 127, 65), 16), ((200, 127, 65), 16)],
+    ids=["aligned", "few odd rows", "many odd rows"],
+)
+def test_merged_linear(compiled, sizes, count):
+    rows, inner, outer = sizes
+    base, *deltas = torch.randn(count + 1, outer, inner, dtype=torch.bfloat16)
+    x, dy = torch.randn(rows, inner).bfloat16(), torch.randn(rows, outer).bfloat16()
+    lam, bias = torch.randn(count), torch.randn(outer)
+    y = kernels.merged_linear_forward(x, base, deltas, lam, bias, True, False)
+    dx = kernels.merged_linear_backward_x(dy, base, deltas, lam, False, False)
+    assert y.shape == dy.shape and dx.shape == x.shape
+    check(compiled, 2)
+
+
+def test_split_merged_linear(compiled):
+    base, *deltas = torch.randn(3, 64, 1024, dtype=torch.float16)
+    x, bias = torch.randn(2, 1024).half(), torch.randn(64).half()
+    kernels.merged_linear_forward(x, base, deltas, torch.randn(2), bias, True, False)
+    check(compiled, 2)
+
+
+@pytest.mark.parametrize("sizes", [(64, 256, 128), (33, 127, 65)], ids=["aligned", "odd"])
+def test_coefficient_grad(compiled, sizes):
+    rows, inner, outer = sizes
+    base, *deltas = torch.randn(9, outer, inner, dtype=torch.bfloat16)
+    x, dy = torch.randn(rows, inner).bfloat16(), torch.randn(rows, outer).bfloat16()
+    grad = kernels.linear_coefficient_grad(dy, x, base, deltas, False)
+    assert grad.shape == (8,)
+    kernels.linear_coefficient_grad(dy, x, None, deltas, False)
+    check(compiled, 4)
+
+
+@pytest.mark.parametrize("sizes", [(64, 256, 128), (33, 127, 65)], ids=["aligned", "odd"])
+def test_row_linear(compiled, sizes):
+    rows, inner, outer = sizes
+    base, *deltas = torch.randn(4, outer, inner, dtype=torch.bfloat16)
+    x, dy = torch.randn(rows, inner).bfloat16(), torch.randn(rows, outer).bfloat16()
+    lam = torch.randn(rows, 3)
+    kernels.row_linear_forward(x, base, deltas, lam, None, True, False)
+    dx, grad = kernels.row_linear_backward(dy, x, base, deltas, lam, True, False)
+    assert dx.shape == x.shape and grad.shape == lam.shape
+    check(compiled, 3)
+
+
+def test_softmax_entropy(compiled):
+    logits = torch.randn(5, 1003).bfloat16()
+    entropy, normalizer = kernels.softmax_entropy_forward(logits)
+    slope = kernels.softmax_entropy_backward(torch.randn(5), logits, entropy, normalizer)
+    assert slope.shape == logits.shape
+    check(compiled, 2)
