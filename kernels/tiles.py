@@ -50,12 +50,11 @@ def nth_pointer(pointers, k, COUNT: tl.constexpr):
 def ordered_sum(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of each row of `values` [ROWS, COLUMNS] in an order that no launch parameter changes.
 
-    The halves are added until one column is left. `tl.sum` would group the columns by
-    the threads that hold them, which depends on the number of warps.
+    Neighbours are added in pairs until one column is left: a sum of two has only one order. A
+    single `tl.sum` would group the columns by the threads that hold them, and so by the number of
+    warps.
     """
     for step in tl.static_range(16):
         if (COLUMNS >> step) > 1:
-            halves = tl.reshape(values, [ROWS, 2, COLUMNS >> (step + 1)])
-            left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-            values = left + right
+            values = tl.sum(tl.reshape(values, [ROWS, COLUMNS >> (step + 1), 2]), axis=2)
     return tl.reshape(values, [ROWS])

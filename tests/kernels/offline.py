@@ -38,6 +38,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 BEGIN, END = "<!-- resources: begin -->\n", "<!-- resources: end -->"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Axis, body and operand shape of a reduction in Triton's intermediate code.
+REDUCTION = (
+    r'"tt\.reduce"[^{]*<\{axis = (\d+) : i32\}>(.*?)tt\.reduce\.return.*?: \(tensor<([\dx]+)x'
+)
 ALIGNED = [["tt.divisibility", 16]]
 DEFAULTS = {"x": "bf16", "weights": "bf16", "count": 8, "precision": "ieee"}
 
@@ -332,7 +336,7 @@ def read(compiled: Any) -> dict[str, Any]:
         command = [str(CUOBJDUMP), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ptx, ttir = compiled.asm["ptx"], compiled.asm["ttir"]
-    reductions = re.findall(r'"tt\.reduce".*?tt\.reduce\.return', ttir, re.DOTALL)
+    reductions = re.findall(REDUCTION, ttir, re.DOTALL)
     counts = {kind: ptx.count(f"{kind}.") for kind in set(MATRIX_INSTRUCTION.values())}
     return counts | {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -342,7 +346,14 @@ def read(compiled: Any) -> dict[str, Any]:
         # In this form the second operand is a list of registers instead of a descriptor.
         "register_a": len(re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, \{", ptx)),
         "wide_copies": len(re.findall(r"cp\.async\.cg\S* [^;]*, 0x10[,;]", ptx)),
-        "sum_reductions": sum("arith.addf" in body for body in reductions),
+        "widest_sum": max(
+            (
+                int(shape.split("x")[int(axis)])
+                for axis, body, shape in reductions
+                if "arith.addf" in body
+            ),
+            default=0,
+        ),
         "atomics": len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.MULTILINE)),
     }
 

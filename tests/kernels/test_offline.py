@@ -81,8 +81,13 @@ def test_weights_arrive_in_copies_of_16_bytes(resources, name):
 
 @each(name for name, case in CASES.items() if case.kernel in ("softmax_entropy", "partial_sums"))
 def test_sums_do_not_depend_on_the_number_of_warps(resources, name):
-    """`tl.sum` groups its terms by thread; these kernels add pairs of a fixed tree instead."""
-    assert resources["sum_reductions"] == 0
+    """A reduction groups its terms by thread, unless it has only two: their sum has one order."""
+    assert resources["widest_sum"] == (2 if CASES[name].form != "backward" else 0)
+
+
+def test_a_wide_sum_is_seen(found):
+    names = [name for name, case in CASES.items() if case.kernel == "coefficient_grad"]
+    assert all(found[name]["widest_sum"] > 2 for name in names)
 
 
 def needed(case: offline.Case) -> int | None:
