@@ -157,7 +157,7 @@ def test_fingerprint_follows_all_that_experts_depend_on(encoder):
         encoder.bert.embeddings.word_embeddings.weight[3, 3] += 1
     marks.append(experts.fingerprint(encoder, tasks, SETTINGS, 0))
     assert len(set(marks)) == len(marks)
-    assert experts.fingerprint(encoder, tasks, replace(SETTINGS, adapt_rate=1.0), 0) == marks[-1]
+    assert experts.fingerprint(encoder, tasks, replace(SETTINGS, kl_rate=1.0), 0) == marks[-1]
 
 
 def test_peak_memory_and_pauses_are_measured():
@@ -277,6 +277,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_quick_differs_from_the_real_run_in_sizes_only():
     quick, real = vars(Settings.quick()), vars(Settings())
-    same = ("tokens", "head_scale", "expert_rate", "adapt_rate", "adapt_batch", "scaling",
+    same = ("tokens", "head_scale", "expert_rate", "entropy_rate", "kl_rate", "adapt_batch", "scaling",
             "ties_density", "ties_scaling", "tune_objective", "expert_batch")  # fmt: skip
     assert {key: quick[key] for key in same} == {key: real[key] for key in same}

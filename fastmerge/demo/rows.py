@@ -259,7 +259,7 @@ def learned(
         try:
             history = fm.learn(
                 encoder, coefficients, adaptation.batches(), heads=bench.heads,
-                objective=objective, steps=settings.adapt_steps, lr=settings.adapt_rate,
+                objective=objective, steps=settings.adapt_steps, lr=settings.adapt_rate(objective),
                 expert_logits=adaptation.lookups if objective == "kl" else None,
                 evaluate=watch, evaluate_every=settings.curve_every,
             )  # fmt: skip
