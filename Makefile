@@ -47,6 +47,9 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -c "import triton" 2>/dev/null \
+		|| $(BIN)/pip install --quiet --no-deps triton==3.6.0 \
+		|| echo "no triton for this platform: the tests of the Triton kernels are skipped"
 	$(BIN)/fastmerge info
 	touch $@
 
