@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -83,6 +84,8 @@ def demo(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Merge six fine-tuned sentence encoders and learn how much of each to take."""
+    # Threads that spin while they wait make everything slower by far on a machine that is not idle.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .demo.run import main as run
 
     run(
