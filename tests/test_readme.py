@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +130,13 @@ def test_imports_never_run_up_the_floors():
         if imported != doors and floor_of[imported] > floor
     ]
     assert upwards == []
+
+
+def test_tables_are_those_of_the_committed_results():
+    path = ROOT / "tools" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "AdaMerging layer-wise" in module.demo_table()
+    assert module.with_tables(text) == text
