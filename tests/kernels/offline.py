@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from fastmerge.kernels import (
     coefficient_grad,
     merged_linear,
@@ -27,8 +30,6 @@ from fastmerge.kernels import (
     softmax_entropy,
 )
 from fastmerge.kernels.launching import Config
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 # Bytes of shared memory a block may use, by target (CUDA programming guide, technical
 # specifications per compute capability, less the 1 KiB that the system keeps).

@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastmerge.kernels import coefficient_grad, merged_linear, row_linear, softmax_entropy
-
 from fastmerge import kernels
+from fastmerge.kernels import coefficient_grad, merged_linear, row_linear, softmax_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastmerge.kernels import launching
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
 from fastmerge import kernels
+from fastmerge.kernels import launching
 
 from . import offline
 

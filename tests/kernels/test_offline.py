@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
+
 from fastmerge.kernels import (
     coefficient_grad,
     launching,

@@ -11,9 +11,8 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastmerge.kernels import launching
-
 from fastmerge import kernels
+from fastmerge.kernels import launching
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastmerge.kernels import coefficient_grad as module
 from fastmerge.kernels.partial_sums import sum_partials
 

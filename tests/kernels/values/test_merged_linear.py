@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels import merged_linear as module
 
 from fastmerge import use_backend
 from fastmerge.deltas import Dense, Experts
+from fastmerge.kernels import merged_linear as module
 from fastmerge.ops import merged_linear
 
 from ...tolerances import assert_no_worse_than_eager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels import row_linear as module
 
 from fastmerge import use_backend
 from fastmerge.deltas import Dense, Experts
+from fastmerge.kernels import row_linear as module
 from fastmerge.ops import merged_linear
 
 from ...tolerances import assert_no_worse_than_eager

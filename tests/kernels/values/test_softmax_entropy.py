@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels import softmax_entropy as module
 
 from fastmerge import use_backend
+from fastmerge.kernels import softmax_entropy as module
 from fastmerge.ops import softmax_entropy
 
 from ...tolerances import assert_no_worse_than_eager
