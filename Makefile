@@ -35,14 +35,13 @@ clean:
 # Building without isolation keeps the compiler's command lines, so a second build is incremental.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel pybind11 ninja
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" pybind11 ninja
 	touch $@
 
 # The demo runs on the CPU: without a GPU on the machine it does not wait for nvcc.
 $(VENV)/demo: export FASTMERGE_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo]"
-	$(BIN)/fastmerge info
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[demo]"
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)

@@ -56,8 +56,8 @@ class Settings:
     ties_grid: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8)
     tune_objective: str = "kl"
 
-    curve_every: int = 15
-    curve_rows: int = 60  # scored rows of each task in the curves; for display, nothing reads them
+    curve_every: int = 20
+    curve_rows: int = 40  # scored rows of each task in the curves; for display, nothing reads them
 
     def adapt_rate(self, objective: str) -> float:
         """The learning rate of an objective."""
