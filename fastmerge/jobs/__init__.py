@@ -1,0 +1,1 @@
+"""Merge jobs: checkpoint folders in, a checkpoint folder out. Recipe -> plan -> run."""
