@@ -39,6 +39,7 @@ def merge(
     exclude: Patterns = None,
     allow_nonfinite: bool = False,
     progress: bool = False,
+    seed: int = 0,
     **params: Any,
 ) -> nn.Module | dict[str, Tensor]:
     """Merge experts that were fine-tuned from one base model.
@@ -64,6 +65,8 @@ def merge(
         include, exclude: which tensors are merged: glob patterns, or a function of the name.
         allow_nonfinite: accept NaN and Inf in base and experts.
         progress: show a progress bar.
+        seed: for methods that draw random numbers; they depend on the seed, the tensor's name, the
+            expert's position and the entry's index, and on nothing else.
         params: the method's parameters, for example density=0.2.
 
     Returns:
@@ -125,7 +128,7 @@ def merge(
     for name in averaged:
         result.put(name, _mean(tensors[name]))
     with torch.no_grad():
-        for name, merged in _merged(method, bases, tensors, progress):
+        for name, merged in _merged(method, bases, tensors, progress, seed):
             result.put(name, merged)
     return result.finished()
 
@@ -228,12 +231,13 @@ def _merged(
     bases: Mapping[str, Tensor],
     tensors: Mapping[str, list[Tensor]],
     progress: bool,
+    seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Run a method's passes, then combine tensor after tensor."""
 
     def blocks(doing: str = "measuring") -> Iterator[Block]:
         for name in _track(bases, doing, progress):
-            yield Block(name, bases[name], tensors[name])
+            yield Block(name, bases[name], tensors[name], seed=seed)
 
     everything = (*bases.values(), *(t for name in bases for t in tensors[name]))
     stats = run_passes(method.passes(accumulate_dtype(*everything)), blocks)

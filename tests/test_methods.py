@@ -247,3 +247,20 @@ def test_wrong_parameters_are_named(name, parameters, error, message):
     base, experts = model_and_experts()
     with pytest.raises(error, match=message):
         fm.merge(base, experts, name, **parameters)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_block_has_a_dtype_of_its_own_and_perhaps_no_base(name):
+    base, experts = random((4, 3), torch.float32, 1), [random((4, 3), torch.bfloat16, 2)] * 4
+    method = make_method(name)
+    found = {}
+    for origin in (base, None) if not method.needs_base else (base,):
+        for dtype in (None, torch.float16):
+            block = Block("w", origin, experts, dtype=dtype)
+            stats = run_passes(method.passes(torch.float32), lambda block=block: [block])
+            merged = method.combine(block, stats.of("w"))
+            expected = torch.bfloat16 if origin is None else torch.float32
+            assert merged.dtype == (dtype or expected) and merged.shape == base.shape
+            found[origin is None, dtype] = merged
+    for missing in {key[0] for key in found}:
+        assert torch.equal(found[missing, None].half(), found[missing, torch.float16])

@@ -14,19 +14,35 @@ Stats = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """A block of rows of one named tensor, or all of it: what a method sees at a time.
+    """A block of whole rows of one named tensor, or all of it: what a method sees at a time.
+
+    A row is an index of the first dimension; a 1-D tensor's rows are its entries.
 
     Attributes:
         name: the tensor's name.
-        base: [rows, ...] base model's rows.
+        base: [rows, ...] base model's rows; may be None if the method does without.
         experts: K tensors like base, of one dtype.
         offset: index of the block's first entry in the flattened tensor.
+        dtype: dtype of the merged block, by default base's, or the experts' without a base.
+        seed: the merge's seed, for methods that draw random numbers.
     """
 
     name: str
-    base: Tensor
+    base: Tensor | None
     experts: Sequence[Tensor]
     offset: int = 0
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            first = self.experts[0] if self.base is None else self.base
+            object.__setattr__(self, "dtype", first.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block lives."""
+        return self.experts[0].device
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,9 @@ class Method:
         source: the paper.
         parameters: names, defaults and meaning; the constructor takes them as keywords.
         whole_tensor: True if blocks must be whole tensors.
+        whole_vectors: True if the blocks of 1-D tensors must be, as for methods that work row by
+            row and take a vector for one row.
+        needs_base: False if the method works without a base model.
     """
 
     name: ClassVar[str]
@@ -79,6 +98,12 @@ class Method:
     source: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     whole_tensor: ClassVar[bool] = False
+    whole_vectors: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = True
+
+    def needs_whole(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape must come as one block."""
+        return self.whole_tensor or (self.whole_vectors and len(shape) < 2)
 
     def check(self, names: Sequence[str], experts: Sequence[str]) -> None:
         """Raise ValueError if the parameters do not fit these tensors and experts."""
@@ -92,7 +117,7 @@ class Method:
         return []
 
     def combine(self, block: Block, stats: Stats) -> Tensor:
-        """The merged block, in base's dtype, given the finished statistics of its tensor."""
+        """The merged block, in its `dtype`, given the finished statistics of its tensor."""
         raise NotImplementedError
 
 

@@ -18,7 +18,7 @@ class Average(Method):
     """theta = sum_k w_k theta_k with weights that sum to one.
 
     Computed as theta_1 + sum_k w_k (theta_k - theta_1), so that equal experts give exactly their
-    values; the base gives only the dtype of the result.
+    values; a base gives only the dtype of the result.
 
     Args:
         weights: K weights, divided by their sum; equal by default.
@@ -29,6 +29,7 @@ class Average(Method):
     name = "average"
     summary = "mean of the experts' weights"
     source = "arXiv 2203.05482"
+    needs_base = False
     parameters = (Parameter("weights", None, "K weights, divided by their sum; equal by default"),)
 
     def __init__(self, weights: Sequence[float] | None = None):
@@ -45,10 +46,10 @@ class Average(Method):
     def combine(self, block: Block, stats: Stats) -> Tensor:
         first, *others = block.experts
         if not others:
-            return first.to(block.base.dtype, copy=True, memory_format=torch.contiguous_format)
+            return first.to(block.dtype, copy=True, memory_format=torch.contiguous_format)
         weights = self.weights or [1.0] * len(block.experts)
         total = math.fsum(weights)
         row = torch.tensor(
             [w / total for w in weights[1:]], dtype=accumulate_dtype(first), device=first.device
         )
-        return weighted_sum(first, Experts(others), row, dtype=block.base.dtype)
+        return weighted_sum(first, Experts(others), row, dtype=block.dtype)

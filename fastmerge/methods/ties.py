@@ -99,11 +99,14 @@ class Ties(Method):
     def combine(self, block: Block, stats: Stats) -> Tensor:
         return ties_merge(
             Experts(block.experts),
-            thresholds=stats["thresholds"].to(block.base.device),
+            thresholds=stats["thresholds"].to(block.device),
             base=block.base,
             scaling=self.scaling,
             merge=self.merge,
             majority=stats["majority"],
+            out=torch.empty_like(
+                block.base, dtype=block.dtype, memory_format=torch.contiguous_format
+            ),
         )
 
 
@@ -117,7 +120,7 @@ def _histograms(block: Block, stats: Stats, level: int, double: bool) -> Tensor:
 
 
 def _election(block: Block, stats: Stats) -> Tensor:
-    thresholds = stats["thresholds"].to(block.base.device)
+    thresholds = stats["thresholds"].to(block.device)
     _, election = torch.ops.fastmerge.ties_masks(
         list(block.experts), thresholds, block.base, True, 0
     )

@@ -34,7 +34,7 @@ class Weighted(Method):
 
 
 def add_task_vectors(block: Block, coefficients: Tensor) -> Tensor:
-    """base + sum_k lambda_k (expert_k - base) in fp32, k in order, rounded once to base's dtype.
+    """base + sum_k lambda_k (expert_k - base) in fp32, k in order, rounded once to the block's dtype.
 
     Args:
         block: the block.
@@ -44,4 +44,4 @@ def add_task_vectors(block: Block, coefficients: Tensor) -> Tensor:
         block.base.device, accumulate_dtype(block.base, block.experts[0])
     )
     with torch.no_grad():
-        return weighted_sum(block.base, Experts(block.experts), row)
+        return weighted_sum(block.base, Experts(block.experts), row, dtype=block.dtype)
