@@ -1,0 +1,159 @@
+"""What recipes may say: the merge methods' names and parameters, known without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .yaml_reader import RecipeError
+
+REQUIRED = object()
+
+Kind = Literal["number", "bool", "whole", "text"]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One parameter of a recipe's method.
+
+    Attributes:
+        kind: what its values are.
+        default: value where the recipe gives none; REQUIRED if it must.
+        per_expert: every expert has a value of its own.
+    """
+
+    kind: Kind = "number"
+    default: Any = None
+    per_expert: bool = False
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One merge method of the recipe format.
+
+    Attributes:
+        method: its name in `fastmerge.methods.METHODS`.
+        base: "required", "optional", or "input": a base model is one more input.
+        inputs: least and largest number of inputs besides the base model.
+        knobs: its parameters.
+    """
+
+    method: str
+    base: Literal["required", "optional", "input"]
+    inputs: tuple[int, int | None]
+    knobs: Mapping[str, Knob] = field(default_factory=dict)
+
+
+_WEIGHT = Knob(default=REQUIRED, per_expert=True)
+_DENSITY = Knob(default=1.0, per_expert=True)
+
+
+def _sparse(normalize: bool, rescale: bool, **more: Knob) -> dict[str, Knob]:
+    """Parameters that mergekit's task arithmetic family shares."""
+    return {
+        "weight": _WEIGHT,
+        "density": _DENSITY,
+        "normalize": Knob("bool", normalize),
+        "rescale": Knob("bool", rescale),
+        "lambda": Knob(default=1.0),
+        **more,
+    }
+
+
+_GAMMA = {"gamma": Knob(default=0.01, per_expert=True)}
+_EPSILON = {"epsilon": Knob(default=0.15, per_expert=True)}
+DIALECTS: dict[str, Dialect] = {
+    "linear": Dialect(
+        "linear", "input", (1, None), {"weight": _WEIGHT, "normalize": Knob("bool", True)}
+    ),
+    "task_arithmetic": Dialect("task_arithmetic", "required", (1, None), _sparse(False, False)),
+    "ties": Dialect("ties", "required", (1, None), _sparse(True, False)),
+    "dare_linear": Dialect("dare_linear", "required", (1, None), _sparse(False, True)),
+    "dare_ties": Dialect("dare_ties", "required", (1, None), _sparse(False, True)),
+    "breadcrumbs": Dialect("breadcrumbs", "required", (1, None), _sparse(False, False, **_GAMMA)),
+    "breadcrumbs_ties": Dialect(
+        "breadcrumbs_ties", "required", (1, None), _sparse(False, False, **_GAMMA)
+    ),
+    "della": Dialect("della", "required", (1, None), _sparse(True, True, **_EPSILON)),
+    "della_linear": Dialect(
+        "della_linear", "required", (1, None), _sparse(False, True, **_EPSILON)
+    ),
+    "slerp": Dialect("slerp", "required", (1, 1), {"t": Knob(default=REQUIRED)}),
+    "nuslerp": Dialect(
+        "nuslerp",
+        "optional",
+        (2, 2),
+        {
+            "weight": _WEIGHT,
+            "nuslerp_row_wise": Knob("bool", False),
+            "nuslerp_flatten": Knob("bool", True),
+        },
+    ),
+    "multislerp": Dialect(
+        "multislerp",
+        "optional",
+        (1, None),
+        {"weight": _WEIGHT, "normalize_weights": Knob("bool", True), "eps": Knob(default=1e-8)},
+    ),
+    "karcher": Dialect(
+        "karcher", "input", (1, None), {"max_iter": Knob("whole", 10), "tol": Knob(default=1e-5)}
+    ),
+    "model_stock": Dialect(
+        "model_stock", "required", (2, None), {"filter_wise": Knob("bool", False)}
+    ),
+    "sce": Dialect("sce", "required", (1, None), {"select_topk": Knob(default=1.0)}),
+    "nearswap": Dialect("nearswap", "required", (1, 1), {"t": Knob(default=REQUIRED)}),
+    "arcee_fusion": Dialect("arcee_fusion", "required", (1, 1)),
+    "passthrough": Dialect("passthrough", "optional", (1, 1), {"scale": Knob(per_expert=True)}),
+    "average": Dialect(
+        "average", "optional", (1, None), {"weight": Knob(default=1.0, per_expert=True)}
+    ),
+    "weighted": Dialect("weighted", "required", (1, None)),
+}
+
+OWN: dict[str, Dialect] = {
+    "ties": Dialect(
+        "ties",
+        "required",
+        (1, None),
+        {
+            "scope": Knob("text", "model"),
+            "density": Knob(default=0.2),
+            "scaling": Knob(default=1.0),
+            "merge": Knob("text", "mean"),
+        },
+    ),
+    "task_arithmetic": Dialect(
+        "task_arithmetic", "required", (1, None), {"scaling": Knob(default=0.3, per_expert=True)}
+    ),
+}
+_MARKS = {"scope", "merge", "scaling"}
+
+
+def find_dialect(method: Any, given: Iterable[str]) -> Dialect:
+    """The dialect of a recipe's `merge_method`.
+
+    `ties` and `task_arithmetic` exist twice: as mergekit has them, with a weight for each model,
+    and as the papers have them, which a recipe chooses by giving `scaling`, `merge` or `scope`.
+
+    Args:
+        method: what the recipe says.
+        given: names of all parameters that the recipe gives anywhere.
+
+    Raises:
+        RecipeError: unknown method, with the nearest name.
+    """
+    if not isinstance(method, str) or method not in DIALECTS:
+        raise RecipeError(f"merge_method: unknown method {method!r}, {nearest(method, DIALECTS)}")
+    if method in OWN and _MARKS.intersection(given):
+        return OWN[method]
+    return DIALECTS[method]
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown word: a near word, or all there are."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word)[:100].lower(), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
