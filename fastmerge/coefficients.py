@@ -87,6 +87,10 @@ class Coefficients(nn.Module):
         raw = self.raw[self.rows[index]]
         return raw if self.clamp is None else raw.clamp(*self.clamp)
 
+    def spans(self, index: int, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+        """(start, stop, row of coefficients) of each chunk of rows of tensor `index`."""
+        return ((0, shape[0] if len(shape) else 1, index),)
+
     def matrix(self) -> Tensor:
         """Coefficients of all tensors: [L, K], detached."""
         raw = self.raw.detach()[self.rows]

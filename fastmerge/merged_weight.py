@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .coefficients import Coefficients
 from .deltas import Deltas
+from .merged_functions import HANDLERS, as_tuple, build, implements, is_merged
 
-_HANDLERS: dict[Callable, Callable] = {}
+Spans = tuple[tuple[int, int, int], ...]
 
 
 class MergedWeight(torch.Tensor):
@@ -23,13 +22,16 @@ class MergedWeight(torch.Tensor):
 
     Linear layers (`F.linear`, `torch.addmm`), embeddings and patch convolutions compute with it
     without building it; every other function gets a combined copy of this one tensor, with its
-    gradient with respect to the coefficients. In-place changes are refused.
+    gradient with respect to the coefficients. Slices of rows (`narrow`, `chunk`, `split`, `w[a:b]`)
+    are merged weights too. In-place changes are refused.
 
     Attributes:
         base: [*], the base model's tensor.
         deltas: K deltas [*] in a storage format.
         coefficients: the module that holds lambda.
         index: which of the coefficients' L tensors this is.
+        spans: (start, stop, row of the coefficients) of each chunk of its rows; one chunk, unless
+            the coefficients have `chunks`.
         uses: how often it was computed with, by "merged_linear", "patches", "rows" or "built".
     """
 
@@ -37,19 +39,36 @@ class MergedWeight(torch.Tensor):
     deltas: Deltas
     coefficients: Coefficients
     index: int
+    spans: Spans
     uses: Counter
+    is_merged_weight = True
 
     @staticmethod
-    def __new__(cls, base: Tensor, deltas: Deltas, coefficients: Coefficients, index: int):
+    def __new__(
+        cls,
+        base: Tensor,
+        deltas: Deltas,
+        coefficients: Coefficients,
+        index: int,
+        spans: Spans | None = None,
+    ):
         weight = torch.Tensor._make_wrapper_subclass(
             cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=False
         )
         weight._is_param = True  # what nn.Module looks for in a Parameter subclass
         return weight
 
-    def __init__(self, base: Tensor, deltas: Deltas, coefficients: Coefficients, index: int):
+    def __init__(
+        self,
+        base: Tensor,
+        deltas: Deltas,
+        coefficients: Coefficients,
+        index: int,
+        spans: Spans | None = None,
+    ):
         self.base, self.deltas = base, deltas
         self.coefficients, self.index = coefficients, index
+        self.spans = coefficients.spans(index, base.shape) if spans is None else spans
         self.uses = Counter()
 
     @property
@@ -57,9 +76,42 @@ class MergedWeight(torch.Tensor):
         """Name of the tensor in the model it was attached to."""
         return self.coefficients.names[self.index]
 
-    def row(self) -> Tensor:
-        """Its coefficients: [K], differentiable."""
-        return self.coefficients.row(self.index)
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop as a merged weight; a built copy of them in a compiled graph."""
+        if start == 0 and stop == self.base.shape[0]:
+            return self
+        if torch.compiler.is_compiling():  # which cannot make a tensor subclass out of nothing
+            return self.combined()[start:stop]
+        spans = tuple(
+            (max(a, start) - start, min(b, stop) - start, row)
+            for a, b, row in self.spans
+            if max(a, start) < min(b, stop)
+        )
+        view = MergedWeight(
+            self.base[start:stop],
+            self.deltas.map(lambda t: t[start:stop]),
+            self.coefficients,
+            self.index,
+            spans or ((0, 0, self.spans[0][2]),),
+        )
+        view.uses = self.uses
+        return view
+
+    def chunks(self) -> list[tuple[int, int, Tensor, Deltas, Tensor]]:
+        """(start, stop, base rows, their deltas, coefficients [K]) of each chunk of rows."""
+        if len(self.spans) == 1:
+            ((start, stop, row),) = self.spans
+            return [(start, stop, self.base, self.deltas, self.coefficients.row(row))]
+        return [
+            (
+                start,
+                stop,
+                self.base[start:stop],
+                self.deltas.map(lambda t, rows=slice(start, stop): t[rows]),
+                self.coefficients.row(row),
+            )
+            for start, stop, row in self.spans
+        ]
 
     def count(self, how: str) -> None:
         """Note one computation for the coverage report; compiled graphs leave it out."""
@@ -69,7 +121,8 @@ class MergedWeight(torch.Tensor):
     def combined(self) -> Tensor:
         """A built copy of the whole weight, differentiable with respect to the coefficients."""
         self.count("built")
-        return ops.weighted_sum(self.base, self.deltas, self.row())
+        built = [ops.weighted_sum(*rows) for _, _, *rows in self.chunks()]
+        return built[0] if len(built) == 1 else torch.cat(built)
 
     def __repr__(self) -> str:
         return (
@@ -80,7 +133,7 @@ class MergedWeight(torch.Tensor):
     def __deepcopy__(self, memo: dict) -> MergedWeight:
         # base and deltas are never written to, so copies share them
         coefficients = copy.deepcopy(self.coefficients, memo)
-        clone = MergedWeight(self.base, self.deltas, coefficients, self.index)
+        clone = MergedWeight(self.base, self.deltas, coefficients, self.index, self.spans)
         memo[id(self)] = clone
         return clone
 
@@ -96,45 +149,30 @@ class MergedWeight(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handler = _HANDLERS.get(func)
+        handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         _refuse_mutation(func, args, kwargs)
-        return func(*_build(args), **_build(kwargs))
+        return func(*build(args), **build(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        weights = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_merged(a)]
+        weights = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if is_merged(a)]
         raise NotImplementedError(
             f"{func} reached merged weight {weights[0].name!r} past fastmerge's handling, where "
             "its coefficients would lose their gradient; call fastmerge.materialize(model) first"
         )
 
 
-def _is_merged(value: object) -> bool:
-    return type(value) is MergedWeight
-
-
-def _build(value):
-    """`value` with every MergedWeight in it replaced by a combined copy."""
-    if _is_merged(value):
-        return value.combined()
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_build(v) for v in value)
-    if type(value) is dict:
-        return {k: _build(v) for k, v in value.items()}
-    return value
-
-
 def _refuse_mutation(func, args, kwargs) -> None:
     """Raise if `func` would write to a merged weight, which a combined copy would hide."""
     targets = args[:1] if func in _MUTATING else ()
     if kwargs.get("out") is not None:
-        targets = (*targets, *_as_tuple(kwargs["out"]))
+        targets = (*targets, *as_tuple(kwargs["out"]))
     for written in targets:
-        if _is_merged(written):
+        if is_merged(written):
             raise RuntimeError(
                 f"{func} would change merged weight {written.name!r} in place: its value follows "
                 "from base, experts and coefficients. Change those, call "
@@ -150,122 +188,7 @@ def _refuse_storage(weight: MergedWeight, name: str) -> None:
     )
 
 
-def _as_tuple(value) -> tuple:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _implements(*functions: Callable) -> Callable:
-    def decorator(handler: Callable) -> Callable:
-        for function in functions:
-            _HANDLERS[function] = handler
-        return handler
-
-    return decorator
-
-
-def _autocast(x: Tensor, weight: MergedWeight) -> Tensor:
-    """x in the dtype a linear layer would compute in, under autocast or not."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    if x.dtype != weight.base.dtype:
-        raise RuntimeError(
-            f"input of merged weight {weight.name!r} is {x.dtype}, expected {weight.base.dtype}"
-        )
-    return x
-
-
-@_implements(F.linear)
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _is_merged(weight) or weight.base.dim() != 2 or _is_merged(input):
-        return NotImplemented
-    weight.count("merged_linear")
-    return ops.merged_linear(
-        _autocast(input, weight), weight.base, weight.deltas, weight.row(), _build(bias)
-    )
-
-
-@_implements(torch.addmm)
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, out=None) -> Tensor:
-    if not _is_merged(mat2) or _is_merged(mat1) or beta != 1 or alpha != 1 or out is not None:
-        return NotImplemented
-    if input.dim() != 1:
-        return NotImplemented
-    mat2.count("merged_linear")
-    return ops.merged_linear(
-        _autocast(mat1, mat2), mat2.base, mat2.deltas, mat2.row(), _build(input), transpose=True
-    )
-
-
-@_implements(F.embedding)
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """Combine only the rows that are looked up, or the whole table if that is smaller."""
-    if not _is_merged(weight) or input.numel() >= weight.base.shape[0]:
-        return NotImplemented
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise NotImplementedError(
-            f"merged embedding {weight.name!r}: max_norm, scale_grad_by_freq and sparse are not "
-            "supported"
-        )
-    weight.count("rows")
-    ids = input.reshape(-1)
-
-    def gather(table: Tensor) -> Tensor:
-        return table.index_select(0, ids)  # [R, D]
-
-    rows = ops.weighted_sum(gather(weight.base), weight.deltas.map(gather), weight.row())
-    if padding_idx is not None:
-        padding = padding_idx if padding_idx >= 0 else weight.base.shape[0] + padding_idx
-        rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
-    return rows.view(*input.shape, weight.base.shape[1])
-
-
-def _patch_convolution(
-    input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1
-) -> Tensor:
-    """Convolution with stride = kernel size as a merged linear layer on unfolded patches."""
-    if not _is_merged(weight) or _is_merged(input):
-        return NotImplemented
-    kernel = list(weight.base.shape[2:])
-    spatial = len(kernel)
-    expanded = [list(v) if isinstance(v, (tuple, list)) else [v] * spatial for v in (stride,)]
-    no_padding = padding == "valid" or all(p == 0 for p in _as_tuple(padding))
-    undilated = all(d == 1 for d in _as_tuple(dilation)) or math.prod(kernel) == 1
-    batched = input.dim() == spatial + 2
-    if expanded[0] != kernel or not (no_padding and undilated and batched) or groups != 1:
-        return NotImplemented
-    counts = [size // k for size, k in zip(input.shape[2:], kernel, strict=True)]
-    cropped = input
-    for axis, (count, k) in enumerate(zip(counts, kernel, strict=True)):
-        cropped = cropped.narrow(axis + 2, 0, count * k)
-    split = [n for pair in zip(counts, kernel, strict=True) for n in pair]
-    patches = cropped.reshape(*input.shape[:2], *split)  # [B, C, n1, k1, n2, k2, ...]
-    outer = [2 + 2 * i for i in range(spatial)]
-    inner = [3 + 2 * i for i in range(spatial)]
-    patches = patches.permute(0, *outer, 1, *inner).flatten(1 + spatial)  # [B, n1, .., C*k1*..]
-    weight.count("patches")
-    y = ops.merged_linear(
-        _autocast(patches, weight),
-        weight.base.flatten(1),
-        weight.deltas.map(lambda t: t.flatten(1)),
-        weight.row(),
-        _build(bias),
-    )  # [B, n1, .., O]
-    return y.movedim(-1, 1)
-
-
-_implements(F.conv1d, F.conv2d, F.conv3d)(_patch_convolution)
-
-
-@_implements(torch.Tensor.requires_grad_)
+@implements(torch.Tensor.requires_grad_)
 def _requires_grad_(weight: Tensor, requires_grad: bool = True) -> Tensor:
     if requires_grad:
         raise RuntimeError(
@@ -332,13 +255,20 @@ def _define_methods() -> None:
             return lambda self, *args, **kwargs: _refuse_storage(self, name)
         if name in looks:
             return lambda self, *args, **kwargs: getattr(self.base, name)(*args, **kwargs)
-        return lambda self, *args, **kwargs: getattr(self.combined(), name)(
-            *_build(args), **_build(kwargs)
-        )
+        handler = HANDLERS[getattr(torch.Tensor, name)] if name in views else None
+
+        def call(self, *args, **kwargs):
+            result = NotImplemented if handler is None else handler(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            return getattr(self.combined(), name)(*build(args), **build(kwargs))
+
+        return call
 
     operators = "add sub mul truediv floordiv mod pow matmul and or xor".split()
     dunder = {f"__{prefix}{o}__" for o in operators for prefix in ("", "r")}
     dunder |= {"__neg__", "__abs__", "__getitem__", "__eq__", "__ne__"}
+    views = {"narrow", "split", "chunk", "__getitem__"}
     for name in dir(torch.Tensor):
         public = not name.startswith("_") and callable(getattr(torch.Tensor, name))
         if (public or name in dunder) and name not in writes and name not in vars(MergedWeight):

@@ -1,0 +1,227 @@
+"""What functions do with merged weights: merged linear layers, looked-up rows, patches, row views.
+
+A handler returns NotImplemented where it has no better way than a built copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+HANDLERS: dict[Callable, Callable] = {}
+
+
+def is_merged(value: object) -> bool:
+    """Whether a value is a MergedWeight, without importing it."""
+    return getattr(type(value), "is_merged_weight", False)
+
+
+def as_tuple(value: Any) -> tuple:
+    """A list or tuple as a tuple, anything else as a tuple of it."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def build(value: Any) -> Any:
+    """`value` with every MergedWeight in it replaced by a combined copy."""
+    if is_merged(value):
+        return value.combined()
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(build(v) for v in value)
+    if type(value) is dict:
+        return {k: build(v) for k, v in value.items()}
+    return value
+
+
+def implements(*functions: Callable) -> Callable:
+    """Make the decorated function answer for these functions of torch."""
+
+    def decorator(handler: Callable) -> Callable:
+        for function in functions:
+            HANDLERS[function] = handler
+        return handler
+
+    return decorator
+
+
+def _autocast(x: Tensor, weight: Any) -> Tensor:
+    """x in the dtype a linear layer would compute in, under autocast or not."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    if x.dtype != weight.base.dtype:
+        raise RuntimeError(
+            f"input of merged weight {weight.name!r} is {x.dtype}, expected {weight.base.dtype}"
+        )
+    return x
+
+
+@implements(F.linear)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not is_merged(weight) or weight.base.dim() != 2 or is_merged(input):
+        return NotImplemented
+    weight.count("merged_linear")
+    return _merged_linear(_autocast(input, weight), weight, build(bias))
+
+
+def _merged_linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """x W^T + bias [..., O]; the outputs of chunks with coefficients of their own side by side."""
+    outputs = [
+        ops.merged_linear(x, base.flatten(1), deltas.map(_flat), row, _slice(bias, start, stop))
+        for start, stop, base, deltas, row in weight.chunks()
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1)
+
+
+def _slice(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if bias is None else bias[start:stop]
+
+
+@implements(torch.addmm)
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, out=None) -> Tensor:
+    """x W + bias with W stored as [I, O], the layout of GPT-2's Conv1D."""
+    if not is_merged(mat2) or is_merged(mat1) or beta != 1 or alpha != 1 or out is not None:
+        return NotImplemented
+    if input.dim() != 1:
+        return NotImplemented
+    mat2.count("merged_linear")
+    x, bias, total = _autocast(mat1, mat2), build(input), None
+    for start, stop, base, deltas, row in mat2.chunks():
+        y = ops.merged_linear(x[..., start:stop], base, deltas, row, bias, transpose=True)
+        total, bias = y if total is None else total + y, None
+    return total
+
+
+@implements(F.embedding)
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Combine only the rows that are looked up, or the whole table if that is smaller."""
+    if not is_merged(weight) or input.numel() >= weight.base.shape[0]:
+        return NotImplemented
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise NotImplementedError(
+            f"merged embedding {weight.name!r}: max_norm, scale_grad_by_freq and sparse are not "
+            "supported"
+        )
+    weight.count("rows")
+    ids = input.reshape(-1)
+
+    def gather(table: Tensor) -> Tensor:
+        return table.index_select(0, ids)  # [R, D]
+
+    base, deltas = gather(weight.base), weight.deltas.map(gather)
+    rows = None
+    for start, _, row in weight.spans:
+        combined = ops.weighted_sum(base, deltas, weight.coefficients.row(row))
+        later = (ids >= start).unsqueeze(-1)
+        rows = combined if rows is None else torch.where(later, combined, rows)
+    if padding_idx is not None:
+        padding = padding_idx if padding_idx >= 0 else weight.base.shape[0] + padding_idx
+        rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
+    return rows.view(*input.shape, weight.base.shape[1])
+
+
+def _patch_convolution(
+    input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1
+) -> Tensor:
+    """Convolution with stride = kernel size as a merged linear layer on unfolded patches."""
+    if not is_merged(weight) or is_merged(input):
+        return NotImplemented
+    kernel = list(weight.base.shape[2:])
+    spatial = len(kernel)
+    expanded = [list(v) if isinstance(v, (tuple, list)) else [v] * spatial for v in (stride,)]
+    no_padding = padding == "valid" or all(p == 0 for p in as_tuple(padding))
+    undilated = all(d == 1 for d in as_tuple(dilation)) or math.prod(kernel) == 1
+    batched = input.dim() == spatial + 2
+    if expanded[0] != kernel or not (no_padding and undilated and batched) or groups != 1:
+        return NotImplemented
+    counts = [size // k for size, k in zip(input.shape[2:], kernel, strict=True)]
+    cropped = input
+    for axis, (count, k) in enumerate(zip(counts, kernel, strict=True)):
+        cropped = cropped.narrow(axis + 2, 0, count * k)
+    split = [n for pair in zip(counts, kernel, strict=True) for n in pair]
+    patches = cropped.reshape(*input.shape[:2], *split)  # [B, C, n1, k1, n2, k2, ...]
+    outer = [2 + 2 * i for i in range(spatial)]
+    inner = [3 + 2 * i for i in range(spatial)]
+    patches = patches.permute(0, *outer, 1, *inner).flatten(1 + spatial)  # [B, n1, .., C*k1*..]
+    weight.count("patches")
+    y = _merged_linear(_autocast(patches, weight), weight, build(bias))  # [B, n1, .., O]
+    return y.movedim(-1, 1)
+
+
+implements(F.conv1d, F.conv2d, F.conv3d)(_patch_convolution)
+
+
+# nn.MultiheadAttention (open_clip, nn.TransformerEncoderLayer) passes its packed weight to this
+# function of torch, which hands everything over as soon as one argument is no plain tensor. Here
+# are its own instructions without that first question, so that the linear layers inside it get
+# merged weights.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    F.__dict__ | {"has_torch_function": lambda arguments: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+implements(F.multi_head_attention_forward)(_attention)
+
+
+@implements(torch.narrow, torch.Tensor.narrow)
+def _narrow(input: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """A view of rows of a merged weight is a merged weight."""
+    if dim not in (0, -input.base.dim()) or not isinstance(start, int):
+        return NotImplemented
+    rows = input.base.shape[0]
+    start = start + rows if start < 0 else start
+    if not 0 <= start <= start + length <= rows:
+        raise IndexError(
+            f"rows {start} to {start + length} of merged weight {input.name!r} with {rows} rows"
+        )
+    return input.rows(start, start + length)
+
+
+@implements(torch.split, torch.Tensor.split)
+def _split(input: Tensor, split_size: int | Sequence[int], dim: int = 0) -> Any:
+    if dim not in (0, -input.base.dim()) or input.base.shape[0] == 0:
+        return NotImplemented
+    rows, sizes = input.base.shape[0], split_size
+    if isinstance(sizes, int):
+        sizes = [min(sizes, rows - start) for start in range(0, rows, sizes)]
+    if sum(sizes) != rows:
+        raise RuntimeError(
+            f"split sizes {list(sizes)} of merged weight {input.name!r} add up to {sum(sizes)}, "
+            f"expected its {rows} rows"
+        )
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(input.rows(a, a + size) for a, size in zip(starts, sizes, strict=True))
+
+
+@implements(torch.chunk, torch.Tensor.chunk)
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
+    if dim not in (0, -input.base.dim()):
+        return NotImplemented
+    return _split(input, max(1, -(-input.base.shape[0] // chunks)))
+
+
+@implements(torch.Tensor.__getitem__)
+def _getitem(input: Tensor, index: Any) -> Tensor:
+    if not is_merged(input) or not isinstance(index, slice) or input.base.dim() == 0:
+        return NotImplemented
+    start, stop, step = index.indices(input.base.shape[0])
+    return input.rows(start, max(start, stop)) if step == 1 else NotImplemented
