@@ -1,0 +1,121 @@
+"""One safetensors file, mapped into memory: rows of tensors without copies."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .header import LENGTH_BYTES, Extent, Header, header_length, parse_header
+
+# Missing from the module before Python 3.13; without it a private mapping larger than memory may
+# be refused although nothing is ever written to it.
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class MappedFile:
+    """A checked safetensors file.
+
+    The mapping is private: whatever a caller does to a tensor, the file stays as it is.
+
+    Attributes:
+        path: the file.
+        header: its checked header.
+        digest: sha256 of the header's text, the file's size and modification time.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            prefix = os.pread(descriptor, LENGTH_BYTES, 0)
+            text = os.pread(
+                descriptor, header_length(prefix, status.st_size, str(path)), LENGTH_BYTES
+            )
+            self.header: Header = parse_header(text, status.st_size, str(path))
+            self._map = mmap.mmap(
+                descriptor,
+                status.st_size,
+                flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except OSError as error:
+            os.close(descriptor)
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        stamp = f"{status.st_size} {status.st_mtime_ns}".encode()
+        self.digest = hashlib.sha256(text + stamp).hexdigest()
+
+    def read(self, extent: Extent, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor: a view of the file, a copy where it is not aligned."""
+        begin, end = row_bytes(extent, start, stop)
+        raw, dtype = self._bytes[begin:end], DTYPES[extent.dtype]
+        if begin % dtype.itemsize:
+            raw = raw.clone()
+        shape = extent.shape
+        if shape:
+            rows = (shape[0] if stop is None else stop) - start
+            shape = (rows, *shape[1:])
+        return raw.view(dtype).view(shape)
+
+    def prefetch(self, extent: Extent, start: int = 0, stop: int | None = None) -> None:
+        """Ask the system to read rows ahead, without waiting for them."""
+        begin, end = row_bytes(extent, start, stop)
+        os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def release(self, extent: Extent, start: int = 0, stop: int | None = None) -> None:
+        """Give up the process's hold on rows' pages; they stay in the system's cache."""
+        begin, end = row_bytes(extent, start, stop)
+        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        if end - begin >= mmap.PAGESIZE:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def close(self) -> None:
+        """Close the file; tensors that were read stay valid."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            del self._bytes, self._map
+
+
+def row_bytes(extent: Extent, start: int, stop: int | None) -> tuple[int, int]:
+    """[begin, end) in the file of a tensor's rows [start, stop) along its first dimension.
+
+    A tensor without dimensions has one row.
+    """
+    rows = extent.shape[0] if extent.shape else 1
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise IndexError(f"rows [{start}, {stop}) of a tensor with {rows} rows")
+    size = (extent.stop - extent.start) // rows if rows else 0
+    return extent.start + start * size, extent.start + stop * size
