@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .checking import check_models, running_statistics, select_names
-from .coefficients import Coefficients, Granularity
+from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
 from .deltas import Deltas, Dense, Experts
 from .merged_weight import MergedWeight
+from .ops._library import as_task_vector
 from .trimming import trim_deltas
 
 _RECORD = "_fastmerge_attachment"
@@ -42,9 +44,14 @@ class Attachment:
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def put(self, name: str, parameter: nn.Parameter | MergedWeight) -> None:
-        """Set the tensor in every module that holds it."""
-        for module, attribute in self.places[name]:
-            module._parameters[attribute] = parameter
+        """Set the tensor in every module that holds it.
+
+        Tied merged weights are aliases of each other: torch.compile fails if two modules hold one
+        object of a tensor subclass.
+        """
+        for place, (module, attribute) in enumerate(self.places[name]):
+            alias = place > 0 and isinstance(parameter, MergedWeight)
+            module._parameters[attribute] = parameter.alias() if alias else parameter
 
 
 def attach(
@@ -52,8 +59,10 @@ def attach(
     experts: Mapping[str, Any] | Sequence[Any],
     *,
     granularity: Granularity = "layer",
-    init: float | Sequence[float] | Tensor = 0.3,
+    chunks: Chunks = None,
+    init: float | Sequence[float] | Tensor | Coefficients | str | Path = 0.3,
     clamp: tuple[float, float] | None = (0.0, 1.0),
+    parametrization: str = "identity",
     deltas: str = "experts",
     trim: Mapping[str, Any] | None = None,
     include: str | Sequence[str] | Callable[[str], bool] | None = None,
@@ -71,9 +80,13 @@ def attach(
         model: the base model.
         experts: K fine-tuned models, as a list or {name: expert}: modules or state dicts with the
             base's tensor names and shapes. They are kept by reference and must not change.
-        granularity: "task", "layer" or custom groups, see `Coefficients`.
-        init: initial coefficients: a number, K numbers, or a tensor [G, K].
+        granularity: "task", "layer", "block", "chunk" or custom groups, see `Coefficients`.
+        chunks: for granularity "chunk": how many chunks of rows a tensor has.
+        init: initial coefficients: a number, K numbers, a tensor [G, K], or other coefficients of
+            these tensors and experts or their file, of any granularity (means within groups).
         clamp: limits of the coefficients in the forward pass, as in the paper's code, or None.
+        parametrization: "identity", "softmax", "tanh" or "slerp": how coefficients follow from the
+            trained values, see `fastmerge.parametrizations`.
         deltas: "experts" keeps the experts' weights and subtracts in registers; "dense" keeps
             task vectors.
         trim: dict(method="ties", density=0.2) keeps, per task, only the entries that TIES trims
@@ -110,17 +123,23 @@ def attach(
     expert_names, tensors = check_models(
         checked, experts, known=[*tied, *buffers], tied=tied, allow_nonfinite=allow_nonfinite
     )
+    bases = {name: chosen[name].detach().contiguous() for name in names}
+    formats = _delta_formats(bases, {name: tensors[name] for name in names}, deltas, trim)
+    shapes = [chosen[name].shape for name in names]
+    grouping = {"granularity": granularity, "shapes": shapes, "chunks": chunks}
+    gram = None
+    if parametrization == "slerp":
+        gram = _gram(Coefficients(names, expert_names, **grouping), bases, formats)
     coefficients = Coefficients(
         names,
         expert_names,
-        granularity=granularity,
-        init=init,
+        **grouping,
+        init=load_coefficients(init) if isinstance(init, (str, Path)) else init,
         clamp=clamp,
-        shapes=[chosen[name].shape for name in names],
+        parametrization=parametrization,
+        gram=gram,
     )
     coefficients.to(next(iter(chosen.values())).device)
-    bases = {name: chosen[name].detach().contiguous() for name in names}
-    formats = _delta_formats(bases, {name: tensors[name] for name in names}, deltas, trim)
     record = Attachment(coefficients, {}, {n: places[n] for n in names}, {})
     for index, name in enumerate(names):
         record.originals[name] = parameters[name]
@@ -168,12 +187,9 @@ def materialize(model: nn.Module) -> nn.Module:
         ValueError: the model was never attached.
     """
     record = _record(model)
-    names = list(record.weights)
-    weights = [record.weights[name] for name in names]
-    built = ops.weighted_sum(
-        [w.base for w in weights], [w.deltas for w in weights], record.coefficients.matrix()
-    )
-    for name, values in zip(names, built, strict=True):
+    built = {n: torch.empty_like(w.base, requires_grad=False) for n, w in record.weights.items()}
+    _write(record, record.coefficients.matrix(), built)
+    for name, values in built.items():
         record.put(name, nn.Parameter(values, record.originals[name].requires_grad))
     return model
 
@@ -183,19 +199,19 @@ def remerge_(model: nn.Module, coefficients: Coefficients | Tensor) -> nn.Module
 
     Args:
         model: a model after `attach` and `materialize`.
-        coefficients: the module, or a tensor [K] or [L, K].
+        coefficients: the module, or a tensor [K] or like its `matrix()`, [L, K] without chunks.
 
     Raises:
         ValueError: the model is not materialized, or the coefficients do not fit.
     """
     record = _record(model)
     matrix = coefficients.matrix() if isinstance(coefficients, Coefficients) else coefficients
-    shape = (len(record.weights), len(record.coefficients.experts))
+    shape = (len(record.coefficients.rows), len(record.coefficients.experts))
     if list(matrix.shape) not in ([shape[1]], list(shape)):
         raise ValueError(
             f"coefficients have shape {list(matrix.shape)}, expected [{shape[1]}] or {list(shape)}"
         )
-    targets = []
+    targets = {}
     for name in record.weights:
         module, attribute = record.places[name][0]
         parameter = module._parameters[attribute]
@@ -203,10 +219,22 @@ def remerge_(model: nn.Module, coefficients: Coefficients | Tensor) -> nn.Module
             raise ValueError(
                 f"{name!r} is a merged weight: call fastmerge.materialize(model) before remerge_"
             )
-        targets.append(parameter.data)
-    weights = list(record.weights.values())
-    ops.weighted_sum([w.base for w in weights], [w.deltas for w in weights], matrix, out=targets)
+        targets[name] = parameter.data
+    _write(record, matrix.expand(shape), targets)
     return model
+
+
+def _write(record: Attachment, matrix: Tensor, outs: Mapping[str, Tensor]) -> None:
+    """Write base + sum_k lambda_k tau_k of every tensor, with the rows of `matrix` [P, K]."""
+    bases, formats, targets, rows = [], [], [], []
+    for name, weight in record.weights.items():
+        for start, stop, row in weight.spans:
+            whole = len(weight.spans) == 1
+            bases.append(weight.base if whole else weight.base[start:stop])
+            formats.append(weight.deltas if whole else weight.deltas.rows(start, stop))
+            targets.append(outs[name] if whole else outs[name][start:stop])
+            rows.append(row)
+    ops.weighted_sum(bases, formats, matrix[rows], out=targets)
 
 
 def coverage(model: nn.Module) -> list[tuple[str, dict[str, int], int]]:
@@ -247,6 +275,22 @@ def _places(
                 places.setdefault(name, []).append((module, attribute))
                 tied[full] = name
     return places, tied
+
+
+def _gram(
+    coefficients: Coefficients, bases: Mapping[str, Tensor], formats: Mapping[str, Deltas]
+) -> Tensor:
+    """Inner products of each group's task vectors, fp32 [G, K, K]."""
+    count = len(coefficients.experts)
+    gram = torch.zeros(len(coefficients.groups), count, count, dtype=torch.float64)
+    for index, (name, base) in enumerate(bases.items()):
+        for start, stop, row in coefficients.spans(index, base.shape):
+            rows = base[start:stop] if base.dim() else base
+            deltas = formats[name].rows(start, stop) if base.dim() else formats[name]
+            for k in range(count):
+                tau = as_task_vector(rows, deltas.tensors[k], deltas.experts, torch.float32)
+                gram[coefficients.rows[row], k] += ops.coefficient_grad(tau, deltas, rows).cpu()
+    return gram.float()
 
 
 def _delta_formats(

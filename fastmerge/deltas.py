@@ -32,6 +32,10 @@ class Deltas:
         """The same format with `function` applied to every tensor, for views and row gathers."""
         return type(self)([function(t) for t in self.tensors])
 
+    def rows(self, start: int, stop: int) -> Deltas:
+        """Views of rows start to stop."""
+        return self.map(lambda t: t[start:stop])
+
 
 class Experts(Deltas):
     """The experts' weights themselves; no task vector is ever written."""

@@ -36,6 +36,7 @@ def save_checkpoint(
         "names": coefficients.names,
         "shapes": coefficients.shapes,
         "experts": coefficients.experts,
+        "parametrization": coefficients.parametrization,
         "optimizer": type(optimizer).__name__,
         "optimizer_scalars": scalars,
         "param_groups": state["param_groups"],
@@ -74,6 +75,7 @@ def load_checkpoint(
     check_same_tensors(coefficients.names, coefficients.shapes, names, shapes, str(path))
     expected = {
         "experts": (coefficients.experts, experts),
+        "parametrization": (coefficients.parametrization, about["parametrization"]),
         "tasks": (tasks, list(history["task_loss"])),
         "optimizer": (type(optimizer).__name__, about["optimizer"]),
         "shape of the coefficients": (list(coefficients.raw.shape), list(raw.shape)),

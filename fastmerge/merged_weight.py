@@ -89,7 +89,7 @@ class MergedWeight(torch.Tensor):
         )
         view = MergedWeight(
             self.base[start:stop],
-            self.deltas.map(lambda t: t[start:stop]),
+            self.deltas.rows(start, stop),
             self.coefficients,
             self.index,
             spans or ((0, 0, self.spans[0][2]),),
@@ -107,7 +107,7 @@ class MergedWeight(torch.Tensor):
                 start,
                 stop,
                 self.base[start:stop],
-                self.deltas.map(lambda t, rows=slice(start, stop): t[rows]),
+                self.deltas.rows(start, stop),
                 self.coefficients.row(row),
             )
             for start, stop, row in self.spans
@@ -123,6 +123,12 @@ class MergedWeight(torch.Tensor):
         self.count("built")
         built = [ops.weighted_sum(*rows) for _, _, *rows in self.chunks()]
         return built[0] if len(built) == 1 else torch.cat(built)
+
+    def alias(self) -> MergedWeight:
+        """Another object for the same merged weight."""
+        alias = MergedWeight(self.base, self.deltas, self.coefficients, self.index, self.spans)
+        alias.uses = self.uses
+        return alias
 
     def __repr__(self) -> str:
         return (

@@ -119,9 +119,12 @@ def merge(
     if coefficients is not None:
         if isinstance(coefficients, Coefficients):
             _check_shapes(coefficients, originals)
-            coefficients = _in_order(coefficients, expert_names, isinstance(experts, Mapping))
-        rows = None if names is None else [tied[name] for name in names]
-        method = Weighted(_rows(coefficients, rows, chosen, len(expert_names)))
+            matrix = _in_order(coefficients, expert_names, isinstance(experts, Mapping))
+            _check_matrix(matrix, len(coefficients.labels), len(expert_names))
+            method = _weighted(coefficients, matrix, tied, bases)
+        else:
+            rows = None if names is None else [tied[name] for name in names]
+            method = Weighted(_rows(coefficients, rows, chosen, len(expert_names)))
     method.check(chosen, expert_names)
 
     result = _Result(base, originals, tied)
@@ -197,6 +200,20 @@ def _in_order(coefficients: Coefficients, experts: list[str], named: bool) -> Te
     return matrix[:, [theirs.index(name) for name in experts]]
 
 
+def _weighted(
+    coefficients: Coefficients,
+    matrix: Tensor,
+    tied: Mapping[str, str],
+    bases: Mapping[str, Tensor],
+) -> Weighted:
+    """The method that merges with learned coefficients, chunk by chunk where they have chunks."""
+    rows = {}
+    for name, part in zip(coefficients.names, matrix.split(coefficients.chunks), strict=True):
+        rows[tied[name]] = part if len(part) > 1 else part[0]
+    heights = {name: len(tensor) for name, tensor in bases.items() if tensor.dim()}
+    return Weighted(rows, heights)
+
+
 def _rows(
     matrix: Any, names: Sequence[str] | None, chosen: list[str], count: int
 ) -> dict[str, Tensor]:
@@ -210,15 +227,19 @@ def _rows(
             f"got {type(matrix).__name__}"
         )
     names = chosen if names is None else names
-    if list(matrix.shape) not in ([count], [len(names), count]):
+    _check_matrix(matrix, len(names), count)
+    rows = dict(zip(names, matrix.detach().expand(len(names), count).unbind(), strict=True))
+    return {name: rows[name] for name in chosen}
+
+
+def _check_matrix(matrix: Tensor, rows: int, count: int) -> None:
+    if list(matrix.shape) not in ([count], [rows, count]):
         raise ValueError(
             f"coefficients have shape {list(matrix.shape)}, expected [{count}] or "
-            f"[{len(names)}, {count}]: {len(names)} tensors, {count} experts"
+            f"[{rows}, {count}]: {rows} tensors, {count} experts"
         )
     if not matrix.is_floating_point() or not torch.isfinite(matrix).all():
         raise ValueError("coefficients must be finite floating-point numbers")
-    rows = dict(zip(names, matrix.detach().expand(len(names), count).unbind(), strict=True))
-    return {name: rows[name] for name in chosen}
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

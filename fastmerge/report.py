@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .blocks import place_of
+
 LABELS = {
     "pretrained": "pre-trained",
     "individual": "individual experts",
@@ -137,14 +139,14 @@ def coefficient_grid(values: Any, names: Sequence[str]) -> tuple[Any, list[str],
 
     Args:
         values: array [L, K].
-        names: names of the L tensors; the first number in a name is its block.
+        names: names of the L tensors, or labels of their chunks.
 
     Returns:
         (array [K, kinds, blocks], NaN where no tensor is; kinds; blocks, -1 for no number).
     """
     import numpy
 
-    places = [_kind_and_block(name) for name in names]
+    places = _kinds_and_blocks(names)
     kinds = list(dict.fromkeys(kind for kind, _ in places))
     blocks = sorted({block for _, block in places})
     grid = numpy.full((values.shape[1], len(kinds), len(blocks)), numpy.nan)
@@ -163,14 +165,14 @@ def heat_map(
     """Coefficients as one panel an expert: kinds of tensors down, numbered blocks across.
 
     Args:
-        matrix: coefficients [L, K].
-        names: names of the L tensors.
+        matrix: coefficients [P, K], `coefficients.matrix()`.
+        names: names of the P rows, `coefficients.labels`.
         experts: names of the K experts.
         path: PNG file to write.
         title: shown above.
 
     Raises:
-        ValueError: the matrix is not [L, K].
+        ValueError: the matrix is not [P, K].
         RuntimeError: matplotlib is not installed.
     """
     if list(matrix.shape) != [len(names), len(experts)]:
@@ -321,13 +323,18 @@ def _save(figure: Any, path: str | Path) -> Path:
     return path
 
 
-def _kind_and_block(name: str) -> tuple[str, int]:
-    """A tensor name without its first number, and that number; -1 where there is none."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return name, -1
-    return ".".join(parts[at + 1 :]) or ".".join(parts[:at]), int(parts[at])
+def _kinds_and_blocks(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each tensor's name within its block, with the list of blocks where there are several such,
+    and the number of the block; -1 outside all blocks."""
+    places = [place_of(name) for name in names]
+    lists: dict[str, set[str]] = {}
+    for place in places:
+        lists.setdefault(place.rest, set()).add(place.container)
+    kinds = []
+    for container, number, rest in places:
+        kind = f"{container}.{rest}" if len(lists[rest]) > 1 and container else rest
+        kinds.append((kind or container, -1 if number is None else number))
+    return kinds
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:

@@ -56,7 +56,7 @@ def test_attach_and_detach_leave_no_trace(net, experts):
     state = {k: v.clone() for k, v in net.state_dict().items()}
     expected = net(IDS)
     coefficients = fm.attach(net, experts, init=0.5)
-    assert net.embedding.weight is net.head.weight
+    assert net.embedding.weight.base is net.head.weight.base
     assert isinstance(net.layer.weight, MergedWeight)
     assert isinstance(net.layer.weight, nn.Parameter)
     assert coefficients.names == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class Weighted(Method):
     """theta = theta_0 + sum_k lambda_k tau_k with one row of K coefficients per tensor.
 
     Args:
-        rows: {tensor name: coefficients [K]}.
+        rows: {tensor name: coefficients [K], or [C, K] for C nearly equal chunks of its rows}.
+        heights: {tensor name: its number of rows}, needed where there are chunks.
 
     Source: AdaMerging (arXiv 2310.02575), task-wise (equal rows) and layer-wise.
     """
@@ -26,15 +28,31 @@ class Weighted(Method):
     summary = "base + sum of task vectors, each with a given coefficient per tensor"
     source = "arXiv 2310.02575"
 
-    def __init__(self, rows: Mapping[str, Tensor]):
-        self.rows = rows
+    def __init__(self, rows: Mapping[str, Tensor], heights: Mapping[str, int] | None = None):
+        self.rows, self.heights = rows, heights or {}
 
     def combine(self, block: Block, stats: Stats) -> Tensor:
-        return add_task_vectors(block, self.rows[block.name])
+        row = self.rows[block.name]
+        if row.dim() == 1:
+            return add_task_vectors(block, row)
+        count, height = len(row), self.heights[block.name]
+        first = block.offset // max(1, block.base[:1].numel())  # index of the block's first row
+        last, merged = first + len(block.base), []
+        for chunk in range(count):
+            start = max(first, height * chunk // count) - first
+            stop = min(last, height * (chunk + 1) // count) - first
+            if start < stop:
+                part = replace(
+                    block,
+                    base=block.base[start:stop],
+                    experts=[expert[start:stop] for expert in block.experts],
+                )
+                merged.append(add_task_vectors(part, row[chunk]))
+        return torch.cat(merged)
 
 
 def add_task_vectors(block: Block, coefficients: Tensor) -> Tensor:
-    """base + sum_k lambda_k (expert_k - base) in fp32, k in order, rounded once to the block's dtype.
+    """base + sum_k lambda_k (expert_k - base) in fp32, k in order, rounded once to block.dtype.
 
     Args:
         block: the block.
