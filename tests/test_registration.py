@@ -6,6 +6,8 @@ An op without an entry in CASES fails the suite.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -275,3 +277,13 @@ def test_poisoned_memory_reaches_the_package_and_nobody_else():
     assert (counts(torch) == torch.iinfo(torch.int64).max).all()
     outside = torch.zeros(3)
     assert torch.empty_like(outside).shape == (3,)
+
+
+def test_the_first_op_imports_nothing_heavy():
+    """A merge job is short; importing sympy would take as long as merging a small model."""
+    code = (
+        "import sys, torch, fastmerge as fm\n"
+        "fm.ops.weighted_sum(torch.zeros(3), [torch.ones(3)], torch.ones(1))\n"
+        "assert 'sympy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

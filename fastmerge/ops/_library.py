@@ -64,6 +64,17 @@ def refuse_gradient(op: str, argument: str, tensors: Tensor | Sequence[Tensor]) 
         )
 
 
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """Raise RuntimeError unless a condition holds.
+
+    torch._check does the same for symbolic conditions too, but its first call imports sympy, which
+    takes as long as merging a small model.
+    """
+    if condition is True:
+        return
+    torch._check(condition, message)
+
+
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp32, or fp64 as soon as one of the tensors is fp64."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
@@ -83,7 +94,7 @@ def unpack_deltas(deltas: object) -> tuple[list[Tensor], bool]:
 
 
 def check_float(op: str, argument: str, tensor: Tensor) -> None:
-    torch._check(
+    check(
         tensor.dtype in FLOAT_DTYPES,
         lambda: f"{op}: {argument} must be a floating-point tensor, got {tensor.dtype}",
     )
@@ -92,22 +103,22 @@ def check_float(op: str, argument: str, tensor: Tensor) -> None:
 def check_deltas(op: str, base: Tensor, deltas: Sequence[Tensor], base_name: str = "base") -> None:
     """Deltas: at least one, one dtype, and the shape and device of `base`."""
     check_float(op, base_name, base)
-    torch._check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
     for k, delta in enumerate(deltas):
-        torch._check(
+        check(
             delta.shape == base.shape,
             lambda k=k, delta=delta: (
                 f"{op}: deltas[{k}] has shape {list(delta.shape)}, "
                 f"expected {list(base.shape)} as {base_name}"
             ),
         )
-        torch._check(
+        check(
             delta.dtype == deltas[0].dtype,
             lambda k=k, delta=delta: (
                 f"{op}: deltas[{k}] is {delta.dtype}, expected {deltas[0].dtype} as deltas[0]"
             ),
         )
-        torch._check(
+        check(
             delta.device == base.device,
             lambda k=k, delta=delta: (
                 f"{op}: deltas[{k}] is on {delta.device}, expected {base.device} as {base_name}"
@@ -119,14 +130,14 @@ def check_deltas(op: str, base: Tensor, deltas: Sequence[Tensor], base_name: str
 def check_coefficients(op: str, coefficients: Tensor, count: int, device: torch.device) -> None:
     """Coefficients: one floating-point value per delta."""
     check_float(op, "coefficients", coefficients)
-    torch._check(
+    check(
         coefficients.dim() == 1 and coefficients.shape[0] == count,
         lambda: (
             f"{op}: coefficients has shape {list(coefficients.shape)}, "
             f"expected [{count}], one per delta"
         ),
     )
-    torch._check(
+    check(
         coefficients.device == device,
         lambda: f"{op}: coefficients is on {coefficients.device}, expected {device}",
     )

@@ -9,6 +9,7 @@ from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_deltas,
     register,
     register_no_gradient,
@@ -44,7 +45,7 @@ def coefficient_grad(grad_weight: Tensor, deltas: object, base: Tensor | None = 
 def _check(grad, deltas, base):
     check_deltas("coefficient_grad", grad, deltas, base_name="grad_weight")
     if base is not None:
-        torch._check(
+        check(
             base.shape == grad.shape and base.device == grad.device,
             lambda: (
                 f"coefficient_grad: base is {list(base.shape)} on {base.device}, "

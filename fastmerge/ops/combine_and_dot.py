@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
+    check,
     check_coefficients,
     check_deltas,
     check_float,
@@ -53,7 +54,7 @@ def _check(base, deltas, coefficients, grad):
     check_deltas("combine_and_dot", base, deltas)
     check_coefficients("combine_and_dot", coefficients, len(deltas), base.device)
     check_float("combine_and_dot", "grad_weight", grad)
-    torch._check(
+    check(
         grad.shape == base.shape and grad.device == base.device,
         lambda: (
             f"combine_and_dot: grad_weight is {list(grad.shape)} on {grad.device}, "

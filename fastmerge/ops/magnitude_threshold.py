@@ -17,6 +17,7 @@ from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_float,
     register,
     register_no_gradient,
@@ -140,19 +141,19 @@ def _check(delta, base, level, prefix, double):
     check_float(op, "delta", delta)
     if base is not None:
         check_float(op, "base", base)
-        torch._check(
+        check(
             base.shape == delta.shape and base.device == delta.device,
             lambda: (
                 f"{op}: base is {list(base.shape)} on {base.device}, "
                 f"expected {list(delta.shape)} on {delta.device} as delta"
             ),
         )
-    torch._check(
+    check(
         double or accumulate_dtype(delta, base) == torch.float32,
         lambda: f"{op}: double must be True for fp64 tensors",
     )
     levels = len(LEVEL_BITS[torch.float64 if double else torch.float32])
-    torch._check(0 <= level < levels, lambda: f"{op}: level {level}, expected 0..{levels - 1}")
+    check(0 <= level < levels, lambda: f"{op}: level {level}, expected 0..{levels - 1}")
 
 
 def _reference(delta, base, level, prefix, double):

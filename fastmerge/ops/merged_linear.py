@@ -17,6 +17,7 @@ from ._library import (
     accumulate_dtype,
     as_rows,
     as_task_vector,
+    check,
     check_coefficients,
     check_deltas,
     check_float,
@@ -69,9 +70,9 @@ def _check(x, base, deltas, coefficients, bias, transpose):
     op = "merged_linear"
     check_deltas(op, base, deltas)
     check_float(op, "x", x)
-    torch._check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
+    check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
     inner, outer = (0, 1) if transpose else (1, 0)
-    torch._check(
+    check(
         x.dim() >= 1 and x.shape[-1] == base.shape[inner] and x.device == base.device,
         lambda: (
             f"{op}: x is {list(x.shape)} on {x.device}, "
@@ -82,7 +83,7 @@ def _check(x, base, deltas, coefficients, bias, transpose):
         check_coefficients(op, coefficients, len(deltas), base.device)
     else:
         expected = [*x.shape[:-1], len(deltas)]
-        torch._check(
+        check(
             list(coefficients.shape) == expected and coefficients.device == base.device,
             lambda: (
                 f"{op}: coefficients is {list(coefficients.shape)} on {coefficients.device}, "
@@ -91,7 +92,7 @@ def _check(x, base, deltas, coefficients, bias, transpose):
         )
         check_float(op, "coefficients", coefficients)
     if bias is not None:
-        torch._check(
+        check(
             list(bias.shape) == [base.shape[outer]] and bias.device == base.device,
             lambda: (
                 f"{op}: bias is {list(bias.shape)} on {bias.device}, "
@@ -224,7 +225,7 @@ register_gradient("merged_linear", _backward, _setup_context)
 def _backward_check(grad, x, base, deltas, coefficients, transpose):
     _check(x, base, deltas, coefficients, None, transpose)
     expected = [*x.shape[:-1], base.shape[1 if transpose else 0]]
-    torch._check(
+    check(
         list(grad.shape) == expected and grad.device == x.device,
         lambda: (
             f"merged_linear_backward: grad is {list(grad.shape)} on {grad.device}, "

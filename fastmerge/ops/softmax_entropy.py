@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import native_kernels, triton_kernels
 from ._library import (
     accumulate_dtype,
+    check,
     check_float,
     register,
     register_gradient,
@@ -36,7 +37,7 @@ def softmax_entropy(logits: Tensor) -> Tensor:
 
 def _check(logits):
     check_float("softmax_entropy", "logits", logits)
-    torch._check(
+    check(
         logits.dim() >= 1 and logits.shape[-1] >= 1,
         lambda: f"softmax_entropy: logits has shape {list(logits.shape)}, expected [..., C >= 1]",
     )
@@ -87,7 +88,7 @@ register_gradient("softmax_entropy", _backward, _setup_context)
 
 def _backward_check(grad, logits):
     _check(logits)
-    torch._check(
+    check(
         grad.shape == logits.shape[:-1] and grad.device == logits.device,
         lambda: (
             f"softmax_entropy_backward: grad is {list(grad.shape)} on {grad.device}, "

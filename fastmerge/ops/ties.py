@@ -9,6 +9,7 @@ from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_deltas,
     check_float,
     register,
@@ -137,7 +138,7 @@ def majority_sign(election: Tensor) -> int:
 
 
 def _thresholds(op, tensors, experts, base, density, thresholds):
-    torch._check(len(tensors) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    check(len(tensors) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
     if experts and base is None:
         raise ValueError(f"{op}: deltas of format Experts need base")
     if thresholds is not None:
@@ -147,25 +148,25 @@ def _thresholds(op, tensors, experts, base, density, thresholds):
 
 
 def _check(op, deltas, thresholds, base, experts, majority):
-    torch._check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
     first = deltas[0] if base is None else base
     check_deltas(op, first, deltas, base_name="deltas[0]" if base is None else "base")
     check_float(op, "thresholds", thresholds)
-    torch._check(
+    check(
         list(thresholds.shape) == [len(deltas)] and thresholds.device == first.device,
         lambda: (
             f"{op}: thresholds is {list(thresholds.shape)} on {thresholds.device}, "
             f"expected [{len(deltas)}] on {first.device}, one per delta"
         ),
     )
-    torch._check(base is not None or not experts, lambda: f"{op}: experts need base")
-    torch._check(majority in (-1, 0, 1), lambda: f"{op}: majority must be -1, 0 or 1: {majority}")
+    check(base is not None or not experts, lambda: f"{op}: experts need base")
+    check(majority in (-1, 0, 1), lambda: f"{op}: majority must be -1, 0 or 1: {majority}")
 
 
 def _check_merge(deltas, thresholds, base, experts, add_base, merge, majority):
     _check("ties_merge", deltas, thresholds, base, experts, majority)
-    torch._check(base is not None or not add_base, lambda: "ties_merge: add_base needs base")
-    torch._check(
+    check(base is not None or not add_base, lambda: "ties_merge: add_base needs base")
+    check(
         merge in MERGES,
         lambda: f"ties_merge: merge must be one of {', '.join(MERGES)}, got {merge!r}",
     )
@@ -180,7 +181,7 @@ def _trimmed(deltas, thresholds, base, experts, accumulate):
 
 def _check_out(out, deltas):
     check_float("ties_merge", "out", out)
-    torch._check(
+    check(
         out.shape == deltas[0].shape and out.device == deltas[0].device,
         lambda: (
             f"ties_merge: out is {list(out.shape)} on {out.device}, "

@@ -11,6 +11,7 @@ from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_coefficients,
     check_deltas,
     check_float,
@@ -145,16 +146,14 @@ register_gradient("weighted_sum", _backward, _setup_context)
 def _rows_of_deltas(outs, bases, deltas, coefficients):
     """The flat list of L*K deltas as L lists of K, everything checked."""
     op = "weighted_sum_out"
-    torch._check(len(bases) > 0, lambda: f"{op}: bases is empty")
-    torch._check(
-        len(outs) == len(bases), lambda: f"{op}: {len(outs)} outs for {len(bases)} base tensors"
-    )
-    torch._check(
+    check(len(bases) > 0, lambda: f"{op}: bases is empty")
+    check(len(outs) == len(bases), lambda: f"{op}: {len(outs)} outs for {len(bases)} base tensors")
+    check(
         len(deltas) > 0 and len(deltas) % len(bases) == 0,
         lambda: f"{op}: {len(deltas)} deltas cannot be shared by {len(bases)} base tensors",
     )
     count = len(deltas) // len(bases)
-    torch._check(
+    check(
         list(coefficients.shape) == [len(bases), count],
         lambda: (
             f"{op}: coefficients has shape {list(coefficients.shape)}, "
@@ -166,7 +165,7 @@ def _rows_of_deltas(outs, bases, deltas, coefficients):
     for i, (base, row, out) in enumerate(zip(bases, rows, outs, strict=True)):
         check_deltas(op, base, row, base_name=f"bases[{i}]")
         check_float(op, f"outs[{i}]", out)
-        torch._check(
+        check(
             out.shape == base.shape and out.device == base.device,
             lambda i=i, out=out, base=base: (
                 f"{op}: outs[{i}] is {list(out.shape)} on {out.device}, "
