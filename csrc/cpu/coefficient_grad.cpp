@@ -14,8 +14,8 @@ void coefficient_grad(const CoefficientGradParams& p) {
       Source source = {p.bases[t], p.deltas + t * p.k, p.k, p.base_dtype, p.delta_dtype, p.experts};
       double* partial = p.scratch + b * p.k;
       for (int64_t k = 0; k < p.k; ++k) partial[k] = 0.0;
-      dot_range<decltype(dtype)::value, decltype(experts)::value>(source, p.grads[t], p.grad_dtype,
-                                                                  partial, begin, end);
+      TileTarget target = {p.grads[t], p.grad_dtype, partial, nullptr, nullptr, kFloat32};
+      dot_range<decltype(dtype)::value, decltype(experts)::value, 0>(source, target, begin, end);
     });
   });
   for (int64_t t = 0; t < p.tensors.count; ++t) {

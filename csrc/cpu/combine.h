@@ -1,5 +1,5 @@
-// The two inner loops that the streaming kernels share: base + sum_k lambda_k tau_k over a range,
-// and the inner products <G, tau_k> over a range.
+// The inner loops that the streaming kernels share: base + sum_k lambda_k tau_k over a range, the
+// inner products <G, tau_k> over a range, and both at once.
 //
 // Both read tensors through Source. Additions go in order of k. Products of a range of at most
 // kTile elements are summed in sixteen fp32 lanes and then folded into fp64.
@@ -14,8 +14,6 @@ namespace fastmerge::cpu::FASTMERGE_LEVEL {
 // Elements between two folds into fp64; small enough that the tiles of ten streams stay in the
 // first-level cache.
 constexpr int64_t kTile = 512;
-// Deltas whose lanes are kept on the stack at once.
-constexpr int64_t kGroup = 32;
 // Vectors handled together, so that reading a pointer and a coefficient is shared among them.
 constexpr int kStrip = kParts == 4 ? 1 : 4 / kParts;
 
@@ -66,36 +64,88 @@ inline void combine_range(const Source& s, const float* coefficients, void* out,
   }
 }
 
-// Adds <grad, tau_k> over [begin, end) to dots[k].
-template <int kDtype, int kExperts>
-inline void dot_range(const Source& s, const void* grad, int grad_dtype, double* dots,
-                      int64_t begin, int64_t end) {
+// What a tile is multiplied with, and where its sums go if it is combined as well.
+struct TileTarget {
+  const void* grad;
+  int grad_dtype;
+  double* dots;               // [K], added to
+  const float* coefficients;  // [K]
+  void* out;
+  int out_dtype;
+};
+
+// One group of deltas over one tile, their lanes in registers: adds <grad, tau_k> to dots[k] and,
+// with kCombine, lambda_k tau_k to the sums, which wait in `sums` until the last group.
+template <int kDtype, int kExperts, int kCombine, int kCount>
+inline void tile_group(const Source& s, const TileTarget& t, int64_t first, float* sums,
+                       int64_t begin, int64_t end) {
+  const void* deltas[kCount];
+  F32 lanes[kCount], lambda[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    deltas[j] = s.deltas[first + j];
+    lanes[j] = zeros();
+    if (kCombine) lambda[j] = broadcast(t.coefficients[first + j]);
+  }
+  bool last = first + kCount == s.k;
+  auto vector = [&](int64_t i, F32 g, F32 base, auto load_delta, auto store_sum) {
+    F32 sum = base;
+    if (kCombine && first > 0) memcpy(&sum, sums + (i - begin), sizeof(sum));
+    _Pragma("GCC unroll 8") for (int j = 0; j < kCount; ++j) {
+      F32 tau = load_delta(deltas[j]);
+      if (kExperts) tau = tau - base;
+      if (kCombine) sum = sum + lambda[j] * tau;
+      lanes[j] = lanes[j] + g * tau;
+    }
+    if (kCombine && last) store_sum(sum);
+    if (kCombine && !last) memcpy(sums + (i - begin), &sum, sizeof(sum));
+  };
+  constexpr bool kBase = kExperts || kCombine;
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    vector(
+        i, load(t.grad, i, t.grad_dtype), kBase ? load_base(s, i) : zeros(),
+        [&](const void* delta) { return load<kDtype>(delta, i); },
+        [&](F32 sum) { store(t.out, i, sum, t.out_dtype); });
+  }
+  if (i < end) {
+    int64_t n = end - i;
+    vector(
+        i, load_first(t.grad, i, n, t.grad_dtype), kBase ? load_base_first(s, i, n) : zeros(),
+        [&](const void* delta) { return load_first<kDtype>(delta, i, n); },
+        [&](F32 sum) { store_first(t.out, i, sum, n, t.out_dtype); });
+  }
+  for (int j = 0; j < kCount; ++j) t.dots[first + j] += fold(lanes[j]);
+}
+
+// Adds <grad, tau_k> over a tile of at most kTile elements to dots[k]; with kCombine also stores
+// base + sum_k lambda_k tau_k, with the additions of combine_range. Each delta is read once.
+template <int kDtype, int kExperts, int kCombine>
+inline void dot_tile(const Source& s, const TileTarget& t, int64_t begin, int64_t end) {
+  float sums[kTile];
+  for (int64_t k = 0; k < s.k;) {
+    int64_t left = s.k - k;
+    if (left >= 8) {
+      tile_group<kDtype, kExperts, kCombine, 8>(s, t, k, sums, begin, end);
+      k += 8;
+    } else if (left >= 4) {
+      tile_group<kDtype, kExperts, kCombine, 4>(s, t, k, sums, begin, end);
+      k += 4;
+    } else if (left >= 2) {
+      tile_group<kDtype, kExperts, kCombine, 2>(s, t, k, sums, begin, end);
+      k += 2;
+    } else {
+      tile_group<kDtype, kExperts, kCombine, 1>(s, t, k, sums, begin, end);
+      k += 1;
+    }
+  }
+}
+
+// dot_tile over all tiles of [begin, end).
+template <int kDtype, int kExperts, int kCombine>
+inline void dot_range(const Source& s, const TileTarget& t, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; tile += kTile) {
     int64_t tile_end = tile + kTile < end ? tile + kTile : end;
-    for (int64_t first = 0; first < s.k; first += kGroup) {
-      int64_t last = first + kGroup < s.k ? first + kGroup : s.k;
-      F32 lanes[kGroup];
-      for (int64_t k = first; k < last; ++k) lanes[k - first] = zeros();
-      int64_t i = tile;
-      for (; i + kLanes <= tile_end; i += kLanes) {
-        F32 g = load(grad, i, grad_dtype);
-        F32 base = kExperts ? load_base(s, i) : zeros();
-        for (int64_t k = first; k < last; ++k) {
-          F32 product = g * load_tau<kDtype, kExperts>(s, k, i, base);
-          lanes[k - first] = lanes[k - first] + product;
-        }
-      }
-      if (i < tile_end) {
-        int64_t n = tile_end - i;
-        F32 g = load_first(grad, i, n, grad_dtype);
-        F32 base = kExperts ? load_base_first(s, i, n) : zeros();
-        for (int64_t k = first; k < last; ++k) {
-          F32 product = g * load_tau_first<kDtype, kExperts>(s, k, i, n, base);
-          lanes[k - first] = lanes[k - first] + product;
-        }
-      }
-      for (int64_t k = first; k < last; ++k) dots[k] += fold(lanes[k - first]);
-    }
+    dot_tile<kDtype, kExperts, kCombine>(s, t, tile, tile_end);
   }
 }
 

@@ -122,9 +122,14 @@ FASTMERGE_INLINE uint32_t bits(Mask m) {
   return r;
 }
 
+// GCC would convert AVX-512 vectors in halves.
+#if defined(__AVX512F__)
+FASTMERGE_INLINE PartU widen(PartH h) { return (PartU)_mm512_cvtepu16_epi32((__m256i)h); }
+FASTMERGE_INLINE PartH narrow(PartU u) { return (PartH)_mm512_cvtepi32_epi16((__m512i)u); }
+#else
 FASTMERGE_INLINE PartU widen(PartH h) { return __builtin_convertvector(h, PartU); }
-
 FASTMERGE_INLINE PartH narrow(PartU u) { return __builtin_convertvector(u, PartH); }
+#endif
 
 FASTMERGE_INLINE PartF bfloat16_to_float(PartH h) { return (PartF)(widen(h) << 16); }
 
