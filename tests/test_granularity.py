@@ -290,7 +290,7 @@ def test_compile_without_graph_breaks(options):
 @pytest.mark.parametrize(
     "name, block, number",
     [
-        ("vision_model.encoder.layers.3.self_attn.q_proj.weight", "vision_model.encoder.layers.3", 3),
+        ("vision_model.encoder.layers.3.q_proj.weight", "vision_model.encoder.layers.3", 3),
         ("bert.encoder.layer.11.output.dense.bias", "bert.encoder.layer.11", 11),
         ("transformer.h.0.attn.c_attn.weight", "transformer.h.0", 0),
         ("encoder.block.2.layer.1.DenseReluDense.wi.weight", "encoder.block.2", 2),

@@ -222,7 +222,7 @@ def test_anchors_within_the_limits_work():
         "!!int '3'",
         "! x",
         "|\n  x\n  y",
-    ],  # fmt: skip
+    ],
 )
 def test_scalars_mean_what_yaml_says(scalar):
     assert read_yaml(f"a: {scalar}") == yaml.safe_load(f"a: {scalar}")
