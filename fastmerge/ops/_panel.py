@@ -245,9 +245,9 @@ def _panel_bytes(device: torch.device) -> int:
 def _even_step(rows: int, most: int) -> int:
     """Rows of each panel, about `most`: nearly equal panels of a multiple the GEMM likes."""
     panels = max(1, -(-rows // max(1, most)))
-    step = -(-rows // panels)
+    step = max(1, -(-rows // panels))
     rounded = -(-step // ROW_MULTIPLE) * ROW_MULTIPLE
-    return rounded if rounded <= max(most, ROW_MULTIPLE) else max(1, step)
+    return rounded if rounded <= max(most, ROW_MULTIPLE) else step
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
