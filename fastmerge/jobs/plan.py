@@ -59,6 +59,7 @@ class Plan:
         metadata: the `__metadata__` of the output's safetensors files.
         texts: {file name: contents} of other files to write: configuration, tokenizer, model card.
         shard_bytes: largest size of one output file.
+        seed: the job's seed, for methods that draw random numbers.
     """
 
     outputs: tuple[Output, ...]
@@ -66,3 +67,4 @@ class Plan:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     texts: Mapping[str, bytes] = field(default_factory=dict)
     shard_bytes: int = 5_000_000_000
+    seed: int = 0

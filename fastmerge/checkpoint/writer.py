@@ -1,0 +1,250 @@
+"""An output folder that appears complete or not at all.
+
+Everything is written into `.NAME.partial` beside the output and renamed at the end. Files have
+their full size from the beginning, so that a full disk is noticed before any work; blocks go to
+their place in any order, from any thread or process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .layout import INDEX, Layout
+
+
+class OutputLock:
+    """The right to write one output folder, held by one job at a time.
+
+    Args:
+        out: the output folder.
+
+    Raises:
+        CheckpointError: another job is writing it.
+    """
+
+    def __init__(self, out: Path):
+        self.path = out.with_name(f".{out.name}.lock")
+        while True:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self._descriptor)
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise CheckpointError(f"{out}: another job is writing this output") from None
+            if self._is_current():
+                return
+            os.close(self._descriptor)  # its last holder removed the file while we opened it
+
+    def release(self) -> None:
+        """Give the right back."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+
+def partial_folder(out: Path) -> Path:
+    """Where an output is written until it is complete."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def previous_folder(out: Path) -> Path:
+    """Where an earlier output is while the new one takes its place."""
+    return out.with_name(f".{out.name}.previous")
+
+
+def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise before anything is written if the output cannot go there.
+
+    Args:
+        out: the output folder.
+        overwrite: whether an earlier output may be replaced.
+        inputs: folders that must stay as they are.
+
+    Raises:
+        FileExistsError: there is something already.
+        CheckpointError: an input is in the way.
+    """
+    if not out.name:
+        raise CheckpointError(f"{out}: not the name of a folder to be made")
+    real = out.resolve()
+    for folder in inputs:
+        if folder.resolve() == real or real in folder.resolve().parents:
+            raise CheckpointError(f"{out}: the input {folder} is there; write somewhere else")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise FileExistsError(f"{out}: exists and is no folder")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise FileExistsError(f"{out}: exists; overwrite it explicitly or write somewhere else")
+
+
+def restore_previous(out: Path) -> None:
+    """Undo a replacement that was interrupted half way."""
+    previous = previous_folder(out)
+    if previous.exists():
+        if out.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(out)
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Make a complete partial folder the output, in place of an earlier one."""
+    previous = previous_folder(out)
+    if out.exists():
+        out.rename(previous)
+    partial.rename(out)
+    sync_folder(out.parent)
+    if previous.exists():
+        shutil.rmtree(previous)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Writer:
+    """Blocks of tensors into the files of a layout.
+
+    Args:
+        folder: where the files are, or will be.
+        layout: the files.
+        create: make the files at their full size with their headers; else they are there.
+
+    Raises:
+        CheckpointError: the disk is too full, with what is needed and what is free.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, create: bool):
+        self.folder, self.layout = folder, layout
+        self._descriptors: list[int] = []
+        try:
+            if create:
+                self._check_space()
+            for shard in layout.shards:
+                flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+                self._descriptors.append(os.open(folder / shard.name, flags, 0o644))
+                if create:
+                    self._create(len(self._descriptors) - 1)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, start_row: int, values: Tensor) -> None:
+        """Write rows of a tensor to their place.
+
+        Args:
+            name: the tensor.
+            start_row: the first row.
+            values: contiguous CPU tensor of whole rows, in the tensor's dtype.
+        """
+        number, extent = self.layout.places[name]
+        rows = extent.shape[0] if extent.shape else 1
+        start = extent.start + start_row * ((extent.stop - extent.start) // max(rows, 1))
+        if start + values.nbytes > extent.stop:
+            raise IndexError(f"tensor {name!r} has {rows} rows")
+        self._pwrite(number, as_bytes(values), start)
+
+    def read(self, name: str, start_row: int, rows: int) -> bytes:
+        """The bytes of rows of a tensor as they are in the file."""
+        number, extent = self.layout.places[name]
+        size = (extent.stop - extent.start) // max(extent.shape[0] if extent.shape else 1, 1)
+        return os.pread(self._descriptors[number], rows * size, extent.start + start_row * size)
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        for number, descriptor in enumerate(self._descriptors):
+            self._guarded(number, os.fdatasync, descriptor)
+
+    def forget(self) -> None:
+        """Drop the files from the system's cache, so that reading asks the disk."""
+        for descriptor in self._descriptors:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _create(self, number: int) -> None:
+        shard, descriptor = self.layout.shards[number], self._descriptors[number]
+        os.ftruncate(descriptor, 0)
+        self._guarded(number, os.posix_fallocate, descriptor, 0, shard.size)
+        self._pwrite(number, memoryview(shard.header), 0)
+
+    def _pwrite(self, number: int, data: memoryview, offset: int) -> None:
+        while data:
+            count = self._guarded(number, os.pwrite, self._descriptors[number], data, offset)
+            data, offset = data[count:], offset + count
+
+    def _guarded(self, number: int, function, *arguments):
+        """Call a function of the system; say what was needed if it fails."""
+        try:
+            return function(*arguments)
+        except OSError as error:
+            path = self.folder / self.layout.shards[number].name
+            raise write_error(path, self.layout.size, error) from error
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if self.layout.size > free:
+            raise CheckpointError(
+                f"{self.folder}: the output needs {self.layout.size:,} bytes, {free:,} are free"
+            )
+
+
+def write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
+    """The error of a write that failed, with what the output needs."""
+    free = shutil.disk_usage(path.parent).free
+    return CheckpointError(
+        f"{path}: cannot be written: {error.strerror or error}; the output needs {needed:,} bytes, "
+        f"{free:,} are free now"
+    )
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_text(path: Path, contents: bytes) -> None:
+    """A small file, on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_texts(layout: Layout, names: Iterable[str]) -> None:
+    """Raise CheckpointError for a text file's name that is none, or that is taken."""
+    taken = {INDEX, "", ".", "..", *(shard.name for shard in layout.shards)}
+    for name in names:
+        if name in taken or name != os.path.basename(name) or "\0" in name:
+            raise CheckpointError(f"output: {name!r} cannot be the name of a text file")
+
+
+def write_texts(folder: Path, layout: Layout, texts: Mapping[str, bytes]) -> None:
+    """Write the index and the other small files of an output."""
+    for name, contents in texts.items():
+        write_text(folder / name, contents)
+    if layout.index is not None:
+        write_text(folder / INDEX, layout.index)

@@ -1,0 +1,257 @@
+"""`run`: a plan into an output folder, block by block, in bounded memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CheckpointError
+from ..checkpoint.layout import Layout, make_layout
+from ..checkpoint.writer import (
+    OutputLock,
+    Writer,
+    check_target,
+    check_texts,
+    partial_folder,
+    publish,
+    restore_previous,
+    sync_folder,
+    write_texts,
+)
+from .blocks import Cut, cut, sources_of
+from .journal import Journal, hash_plan, read_journals, remove_journals
+from .plan import Plan
+from .ranks import Ranks
+from .store import Store
+from .work import Options, Work
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    max_memory: int = 1 << 30,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Run a merge job; the output appears complete or not at all.
+
+    The output's bytes depend on the plan alone: not on threads, memory, processes, or on how often
+    the job was interrupted. Under torchrun the processes share the tensors.
+
+    Args:
+        plan: what to do.
+        out: folder to be made.
+        overwrite: replace an earlier output, which stays until the new one is complete.
+        resume: go on with a job that was killed, if there is one; else start anew.
+        verify: read the output again and compare it with what was computed.
+        max_memory: bytes of memory that blocks in work may take, besides the page cache.
+        threads: blocks computed at a time, by default as many as torch uses threads, at least 2.
+        device: where blocks are computed, "cpu" or "cuda".
+        progress: show progress on a terminal.
+        allow_nonfinite: accept NaN and Inf in inputs and output.
+
+    Raises:
+        FileExistsError: there is an output already.
+        CheckpointError: something about the files: another job writes them, the disk is full, the
+            plan is not the one that was interrupted, or verification found a difference.
+        ValueError: a tensor that does not fit its output, NaN or Inf, or too little memory.
+    """
+    out = Path(out)
+    threads = max(2, torch.get_num_threads()) if threads is None else threads
+    if threads < 1 or max_memory < 1:
+        raise ValueError(f"threads and max_memory must be positive, got {threads}, {max_memory}")
+    cuts = check_plan(plan)
+    check_memory(plan, cuts, max_memory)
+    layout = make_layout(
+        ((o.name, o.dtype, o.shape) for o in plan.outputs), plan.metadata, plan.shard_bytes
+    )
+    check_texts(layout, plan.texts)
+    options = Options(max_memory, threads, torch.device(device), progress, allow_nonfinite)
+    ranks = Ranks()
+    try:
+        _run(plan, out, layout, cuts, options, ranks, overwrite, resume, verify)
+    finally:
+        ranks.close()
+
+
+def check_plan(plan: Plan) -> list[Cut]:
+    """Check that all sources exist and have the shape of their output; cut the outputs.
+
+    Raises:
+        CheckpointError: names output, source, expected and found.
+    """
+    for output in plan.outputs:
+        if output.method is None and (output.base is not None or len(output.experts) != 1):
+            raise CheckpointError(f"output {output.name!r} is a copy and needs one source")
+        for source in sources_of(output):
+            entry = plan.checkpoints[source.checkpoint].tensors.get(source.key)
+            if entry is None:
+                raise CheckpointError(f"{source.checkpoint}: there is no tensor {source.key!r}")
+            if tuple(entry.shape) != tuple(output.shape):
+                raise CheckpointError(
+                    f"{source.checkpoint}: tensor {source.key!r} has shape {list(entry.shape)}, "
+                    f"expected {list(output.shape)} for the output {output.name!r}"
+                )
+    return [cut(output, plan.checkpoints) for output in plan.outputs]
+
+
+def needed_memory(plan: Plan, cuts: list[Cut]) -> tuple[int, str]:
+    """Memory that the largest block needs, and the output that it belongs to."""
+    sizes = [
+        (cut.working_bytes, output.name) for cut, output in zip(cuts, plan.outputs, strict=True)
+    ]
+    return max(sizes, default=(0, ""))
+
+
+def check_memory(plan: Plan, cuts: list[Cut], max_memory: int) -> None:
+    """Raise ValueError, naming the output, if a block needs more than `max_memory` bytes."""
+    needed, name = needed_memory(plan, cuts)
+    if needed > max_memory:
+        output = next(output for output in plan.outputs if output.name == name)
+        whole = output.method is not None and output.method.needs_whole(output.shape)
+        reason = f", since {output.method.name} needs whole tensors" if whole else ""
+        raise ValueError(
+            f"max_memory is {max_memory:,} bytes, but output {name!r} of shape "
+            f"{list(output.shape)} needs about {needed:,}{reason}"
+        )
+
+
+def _run(
+    plan: Plan,
+    out: Path,
+    layout: Layout,
+    cuts: list[Cut],
+    options: Options,
+    ranks: Ranks,
+    overwrite: bool,
+    resume: bool,
+    verify: bool,
+) -> None:
+    """The job among its ranks; the first one owns the folder."""
+    folder, plan_hash = partial_folder(out), hash_plan(plan)
+    if len(set(ranks.gather(plan_hash))) > 1:
+        raise CheckpointError("the processes of this job have different plans")
+    lock = None
+    try:
+        lock, complete = _together(
+            ranks, lambda: _prepare(plan, out, layout, plan_hash, overwrite, resume)
+        )
+        if any(ranks.gather(complete)):
+            return
+        done = read_journals(folder)[1]
+        store = Store(folder, layout, ranks.rank, verify, done)
+        try:
+            work = Work(plan, cuts, options, ranks, store)
+            _guarded(work.run, ranks, folder, out)
+            _guarded(store.commit, ranks, folder, out)
+            if verify:
+                _guarded(lambda: store.check(plan, cuts, work.mine), ranks, folder, out)
+        finally:
+            store.close()
+        if ranks.rank == 0:
+            write_texts(folder, layout, plan.texts)
+            sync_folder(folder)
+            publish(folder, out)
+            remove_journals(out)
+        ranks.agree()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _together(ranks: Ranks, action: Callable) -> tuple[OutputLock | None, bool]:
+    """Let the first rank do something that all depend on."""
+    result: tuple[OutputLock | None, bool] = (None, False)
+    try:
+        if ranks.rank == 0:
+            result = action()
+    except BaseException as error:
+        ranks.agree(error)
+        raise
+    ranks.agree()
+    return result
+
+
+def _guarded(action: Callable[[], None], ranks: Ranks, folder: Path, out: Path) -> None:
+    """Do something on all ranks. What is wrong with the inputs leaves nothing behind; a failure of
+    the machine leaves what is needed to resume."""
+    failure = None
+    try:
+        action()
+    except BaseException as error:
+        failure = error
+    try:
+        ranks.agree(failure)
+    except BaseException as error:
+        resumable = isinstance(error, CheckpointError) or not isinstance(error, ValueError)
+        if ranks.rank == 0 and not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(
+                f"{error}; what was finished is kept in {folder}, resume to go on"
+            ) from error
+        raise
+
+
+def _prepare(
+    plan: Plan, out: Path, layout: Layout, plan_hash: str, overwrite: bool, resume: bool
+) -> tuple[OutputLock, bool]:
+    """Take the lock and make the partial folder, or find the one to go on with.
+
+    Returns:
+        The lock, and whether the output is complete already.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = OutputLock(out)
+    try:
+        restore_previous(out)
+        folder = partial_folder(out)
+        published = out.is_dir() and read_journals(out)[0]
+        if published:  # killed between its last two steps
+            remove_journals(out)
+            if resume and published == plan_hash and not folder.exists():
+                return lock, True
+        check_target(out, overwrite, [c.folder for c in plan.checkpoints.values()])
+        if folder.exists() and _goes_on(folder, plan_hash, resume):
+            return lock, False
+        folder.mkdir()
+        journal = Journal(folder, 0)
+        try:
+            Writer(folder, layout, create=True).close()
+            journal.begin(plan_hash)
+            sync_folder(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            journal.close()
+        return lock, False
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _goes_on(folder: Path, plan_hash: str, resume: bool) -> bool:
+    """Whether a partial folder is the beginning of this job; removed if it shall not be used."""
+    found, _ = read_journals(folder)
+    if resume and found is not None:
+        if found != plan_hash:
+            raise CheckpointError(
+                f"{folder}: the interrupted job had another recipe, other inputs or another "
+                "version of fastmerge; start without resume to begin anew"
+            )
+        return True
+    ours = any(path.name.startswith(".journal.") for path in folder.iterdir())
+    if not ours and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: in the way, and not made by a merge job; remove it")
+    shutil.rmtree(folder)
+    return False

@@ -1,0 +1,243 @@
+"""Merge jobs: the bytes of the in-memory merge for any blocks, threads and shards; refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastmerge as fm
+from fastmerge.checkpoint import Checkpoint, CheckpointError
+from fastmerge.checkpoint.writer import OutputLock
+from fastmerge.jobs import engine
+from fastmerge.jobs.plan import Output, Plan, Source
+from fastmerge.methods import Average, Method, Pass, TaskArithmetic, Ties
+
+from .checkpoints import dense, write_folder
+from .jobs import SHAPES, hash_folder, make_plan, model, small_blocks, write_models
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch):
+    small_blocks(monkeypatch.setattr)
+
+
+def run(plan, out, **options):
+    engine.run(plan, out, **{"threads": 2, **options})
+    return Checkpoint.open(out)
+
+
+def same(checkpoint, tensors):
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        found = checkpoint.read(name)
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape
+        assert torch.equal(
+            found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
+
+
+METHODS = {
+    "average": Average(),
+    "task_arithmetic": TaskArithmetic([0.5, -0.2, 0.4]),
+    "ties": Ties(density=0.3),
+    "ties of each tensor": Ties(density=0.3, scope="tensor", merge="sum"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_bytes_are_those_of_the_merge_in_memory(tmp_path, method, dtype):
+    folders = write_models(tmp_path, dtype=dtype)
+    expected = fm.merge(model(0, dtype), [model(k, dtype) for k in (1, 2, 3)], method)
+    found = run(make_plan(folders, method), tmp_path / "out", verify=True)
+    same(found, expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*sorted(folders), "out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("method", [METHODS["ties"], METHODS["ties of each tensor"]], ids=repr)
+@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 5}, {"max_memory": 1 << 16}])
+def test_bytes_do_not_depend_on_how_the_job_runs(tmp_path, method, options):
+    folders = write_models(tmp_path)
+    run(make_plan(folders, method), tmp_path / "a")
+    run(make_plan(folders, method), tmp_path / "b", **options)
+    assert hash_folder(tmp_path / "a") == hash_folder(tmp_path / "b")
+
+
+class Norm(Method):
+    """Base over a fp32 norm of the experts' sum, which rounds differently in any other order."""
+
+    name = "norm"
+
+    def __init__(self, scope):
+        self.scope = scope
+
+    def passes(self, dtype):
+        return [Pass("sum", self.scope, lambda b, s: sum(e.sum() for e in b.experts).reshape(1))]
+
+    def combine(self, block, stats):
+        return block.base / (1 + stats["sum"][0])
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_sums_are_added_in_one_order(tmp_path, scope):
+    folders = write_models(tmp_path)
+    for threads in (1, 4, 7):
+        run(make_plan(folders, Norm(scope)), tmp_path / f"out{threads}", threads=threads)
+    assert len({hash_folder(tmp_path / f"out{threads}") for threads in (1, 4, 7)}) == 1
+
+
+def test_groups_and_copies(tmp_path):
+    """Two methods with statistics of the whole model, one without, and copies, in one job."""
+    folders = write_models(tmp_path)
+    first, second, plain = Ties(density=0.2), Ties(density=0.6), Average()
+    methods = dict(zip(SHAPES, [first, second, None, first, plain, None, second], strict=True))
+    found = run(make_plan(folders, methods), tmp_path / "out")
+    models = [model(k) for k in range(4)]
+    expected = {n: models[1][n] for n, m in methods.items() if m is None}
+    for method in (first, second, plain):
+        names = [n for n, m in methods.items() if m is method]
+        chosen = [{n: m[n] for n in names} for m in models]
+        expected.update(fm.merge(chosen[0], chosen[1:], method))
+    same(found, expected)
+
+
+def test_shards_and_index(tmp_path):
+    folders = write_models(tmp_path)
+    texts = {"config.json": b"{}\n"}
+    plan = make_plan(folders, Average(), shard_bytes=10_000, texts=texts, metadata={"format": "pt"})
+    found = run(plan, tmp_path / "out")
+    expected = fm.merge(model(0), [model(k) for k in (1, 2, 3)], "average")
+    same(found, expected)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 6)]
+    assert (tmp_path / "out" / "config.json").read_bytes() == b"{}\n"
+    assert found.metadata == {"format": "pt"}
+
+
+def test_dtypes_that_meet(tmp_path):
+    """Experts of three dtypes, fp8 among them, into fp16; integers are copied."""
+    names = ["base", "half", "bfloat", "eight"]
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+    for seed, (name, dtype) in enumerate(zip(names, dtypes, strict=True)):
+        tensors = {"a": dense(70, 9, seed=seed).to(dtype), "ids": torch.arange(7)}
+        write_folder(tmp_path / name, tensors)
+    plan = make_plan({n: tmp_path / n for n in names}, {"a": Average(), "ids": None}, torch.float16)
+    outputs = [o if o.method else Output(*_of_dtype(o, torch.int64)) for o in plan.outputs]
+    found = run(Plan(tuple(outputs), plan.checkpoints), tmp_path / "out")
+    experts = [dense(70, 9, seed=k).to(dtypes[k]).float() for k in (1, 2, 3)]
+    expected = fm.merge({"a": dense(70, 9)}, [{"a": e} for e in experts], "average")["a"]
+    same(found, {"a": expected.half(), "ids": torch.arange(7)})
+
+
+def _of_dtype(output, dtype):
+    return output.name, output.shape, dtype, output.method, output.base, output.experts
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", [Average(), Ties(), None], ids=["average", "ties", "copy"])
+def test_values_that_are_not_finite_are_named(tmp_path, method, value):
+    folders = write_models(tmp_path)
+    tensors = load_file(folders["expert0"] / "model-00001-of-00002.safetensors")
+    tensors["embed.weight"][200, 3] = value
+    save_file(tensors, folders["expert0"] / "model-00001-of-00002.safetensors")
+    plan = make_plan(folders, method)
+    with pytest.raises(ValueError, match=r"expert0: tensor 'embed.weight' in model-00001.*NaN"):
+        run(plan, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(folders)
+    run(plan, tmp_path / "out", allow_nonfinite=True)
+
+
+def test_results_too_large_for_their_dtype_are_named(tmp_path):
+    folders = write_models(tmp_path)
+    with pytest.raises(ValueError, match=r"output '.*' has NaN or Inf .* torch.float16"):
+        run(make_plan(folders, TaskArithmetic(1e6), torch.float16), tmp_path / "out")
+
+
+class Whole(Average):
+    """Average that wants whole tensors."""
+
+    whole_tensor = True
+
+    def combine(self, block, stats):
+        assert block.experts[0].shape == SHAPES[block.name]
+        return super().combine(block, stats)
+
+
+def test_methods_that_need_whole_tensors_get_them_if_they_fit(tmp_path):
+    folders = write_models(tmp_path)
+    same(
+        run(make_plan(folders, Whole()), tmp_path / "out"),
+        fm.merge(model(0), [model(k) for k in (1, 2, 3)], "average"),
+    )
+    with pytest.raises(ValueError, match=r"'embed.weight' of shape \[301, 40\].*needs whole"):
+        run(make_plan(folders, Whole()), tmp_path / "small", max_memory=100_000)
+    assert not (tmp_path / "small").exists()
+
+
+def test_sources_that_do_not_fit_are_named(tmp_path):
+    folders = write_models(tmp_path)
+    plan = make_plan(folders, Average())
+    wrong = Output("x", (2, 2), torch.float32, Average(), None, (Source("base", "a.bias"),))
+    with pytest.raises(CheckpointError, match=r"'a.bias' has shape \[33\], expected \[2, 2\]"):
+        run(Plan((wrong,), plan.checkpoints), tmp_path / "out")
+    absent = Output("x", (2, 2), torch.float32, Average(), None, (Source("base", "y"),))
+    with pytest.raises(CheckpointError, match="base: there is no tensor 'y'"):
+        run(Plan((absent,), plan.checkpoints), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot be used twice"):
+        run(Plan(plan.outputs * 2, plan.checkpoints), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(folders)
+
+
+def test_an_earlier_output_is_kept_unless_told_otherwise(tmp_path):
+    folders = write_models(tmp_path)
+    run(make_plan(folders, Average()), tmp_path / "out")
+    before = hash_folder(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists"):
+        run(make_plan(folders, Ties()), tmp_path / "out")
+    assert hash_folder(tmp_path / "out") == before
+    run(make_plan(folders, Ties()), tmp_path / "out", overwrite=True)
+    assert hash_folder(tmp_path / "out") != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*folders, "out"])
+
+
+def test_inputs_are_never_overwritten(tmp_path):
+    folders = write_models(tmp_path)
+    for out in (folders["base"], tmp_path):
+        with pytest.raises(CheckpointError, match="the input"):
+            run(make_plan(folders, Average()), out, overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="no folder"):
+        run(make_plan(folders, Average()), tmp_path / "file", overwrite=True)
+
+
+def test_one_job_at_a_time(tmp_path):
+    folders = write_models(tmp_path)
+    lock = OutputLock(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="another job"):
+        run(make_plan(folders, Average()), tmp_path / "out")
+    lock.release()
+    run(make_plan(folders, Average()), tmp_path / "out")
+
+
+def test_a_folder_of_that_name_which_is_not_ours_is_left_alone(tmp_path):
+    folders = write_models(tmp_path)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="in the way"):
+        run(make_plan(folders, Average()), tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../x", "model.safetensors", "", "a/b"])
+def test_text_files_stay_in_the_folder(tmp_path, name):
+    folders = write_models(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be the name"):
+        run(make_plan(folders, Average(), texts={name: b""}), tmp_path / "out")
