@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .coefficients import Coefficients, load_coefficients
     from .deltas import Dense, Experts
     from .learning import CollapseWarning, History, ShuffledBatches, learn
+    from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
     from .ops._strategy import use_strategy
@@ -31,6 +32,7 @@ _HOMES = {
     "coefficients": ("Coefficients", "load_coefficients"),
     "deltas": ("Dense", "Experts"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
+    "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
     "ops._strategy": ("use_strategy",),
@@ -45,6 +47,7 @@ __all__ = [
     "Experts",
     "History",
     "MergedWeight",
+    "MergedWeightWarning",
     "ShuffledBatches",
     "attach",
     "coverage",

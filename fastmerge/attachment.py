@@ -6,6 +6,7 @@ the other three need no more than the model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from .checking import check_models, running_statistics, select_names
 from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
 from .deltas import Deltas, Dense, Experts
 from .merged_weight import MergedWeight
+from .module_hooks import add_hooks, remove_hooks
 from .ops._library import as_task_vector
 from .trimming import trim_deltas
 
@@ -35,6 +37,7 @@ class Attachment:
         places: for each tensor, every (module, parameter name) that holds it.
         originals: {tensor name: the base model's parameter object}.
         statistics: {buffer name: the base model's values} of averaged running statistics.
+        materialized: whether ordinary parameters have taken the merged weights' places.
     """
 
     coefficients: Coefficients
@@ -42,6 +45,7 @@ class Attachment:
     places: dict[str, list[tuple[nn.Module, str]]]
     originals: dict[str, nn.Parameter]
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    materialized: bool = False
 
     def put(self, name: str, parameter: nn.Parameter | MergedWeight) -> None:
         """Set the tensor in every module that holds it.
@@ -52,6 +56,58 @@ class Attachment:
         for place, (module, attribute) in enumerate(self.places[name]):
             alias = place > 0 and isinstance(parameter, MergedWeight)
             module._parameters[attribute] = parameter.alias() if alias else parameter
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError if a merged weight is no longer where `attach` put it."""
+        reachable = {id(module) for module in model.modules()}
+        for name, weight in () if self.materialized else self.weights.items():
+            for module, attribute in self.places[name]:
+                found = module._parameters.get(attribute)
+                same = isinstance(found, MergedWeight) and found.base is weight.base
+                if not same or id(module) not in reachable:
+                    gone = found is None or same
+                    what = "gone" if gone else f"a {type(found).__name__} now"
+                    raise ValueError(
+                        f"merged weight {name!r} was replaced after fastmerge.attach (it is {what})"
+                        " and no longer follows the coefficients; fastmerge.detach(model) restores "
+                        "the base model's parameter. Change the model before attaching it"
+                    )
+
+    def add_hooks(self, model: nn.Module) -> None:
+        add_hooks(model, *self._hooked(model))
+
+    def remove_hooks(self, model: nn.Module) -> None:
+        remove_hooks(model, *self._hooked(model))
+
+    def _hooked(self, model: nn.Module) -> tuple[list[nn.Module], list[str]]:
+        """The modules that hold merged weights, and all names the weights have in the model."""
+        holders = [module for places in self.places.values() for module, _ in places]
+        prefixes = {
+            id(module): f"{name}." if name else "" for name, module in model.named_modules()
+        }
+        names = [
+            prefixes[id(module)] + attribute
+            for places in self.places.values()
+            for module, attribute in places
+            if id(module) in prefixes
+        ]
+        return holders, names
+
+    def __deepcopy__(self, memo: dict) -> Attachment:
+        """A copy with coefficients and base tensors of its own; experts are shared."""
+        clone = Attachment.__new__(Attachment)
+        memo[id(self)] = clone
+        clone.__dict__ = copy.deepcopy(self.__dict__, memo)
+        for name, weight in clone.weights.items():
+            weight.base = clone.originals[name].detach().contiguous()
+            for module, attribute in clone.places[name]:
+                if isinstance(module._parameters.get(attribute), MergedWeight):
+                    module._parameters[attribute].base = weight.base
+        return clone
+
+    def __reduce__(self) -> tuple:
+        """A pickled model forgets that it was attached; merged weights in it refuse anyway."""
+        return type(None), ()
 
 
 def attach(
@@ -104,8 +160,14 @@ def attach(
 
     Source: AdaMerging and AdaMerging++ (arXiv 2310.02575).
     """
-    if hasattr(model, _RECORD):
+    if model.__dict__.get(_RECORD) is not None:
         raise ValueError("the model has merged weights already: call fastmerge.detach first")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, MergedWeight):
+            raise ValueError(
+                f"{name!r} is a merged weight already: a part of the model, or a model around it, "
+                "was attached before; call fastmerge.detach on that first"
+            )
     if deltas not in ("experts", "dense"):
         raise ValueError(f"deltas must be 'experts' or 'dense', got {deltas!r}")
     if running_statistics_from not in ("experts", "base"):
@@ -150,6 +212,7 @@ def attach(
             record.statistics[name] = buffers[name].clone()
             mean = torch.stack([t.float() for t in tensors[name]]).mean(0)
             buffers[name].copy_(mean)
+    record.add_hooks(model)
     model.__dict__[_RECORD] = record
     return coefficients
 
@@ -169,7 +232,9 @@ def detach(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         buffers = dict(model.named_buffers())
         for name, values in record.statistics.items():
-            buffers[name].copy_(values)
+            if name in buffers:
+                buffers[name].copy_(values)
+    record.remove_hooks(model)
     del model.__dict__[_RECORD]
     return model
 
@@ -186,11 +251,13 @@ def materialize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was never attached.
     """
-    record = _record(model)
+    record = _checked_record(model)
     built = {n: torch.empty_like(w.base, requires_grad=False) for n, w in record.weights.items()}
     _write(record, record.coefficients.matrix(), built)
     for name, values in built.items():
         record.put(name, nn.Parameter(values, record.originals[name].requires_grad))
+    record.remove_hooks(model)
+    record.materialized = True
     return model
 
 
@@ -204,7 +271,7 @@ def remerge_(model: nn.Module, coefficients: Coefficients | Tensor) -> nn.Module
     Raises:
         ValueError: the model is not materialized, or the coefficients do not fit.
     """
-    record = _record(model)
+    record = _checked_record(model)
     matrix = coefficients.matrix() if isinstance(coefficients, Coefficients) else coefficients
     shape = (len(record.coefficients.rows), len(record.coefficients.experts))
     if list(matrix.shape) not in ([shape[1]], list(shape)):
@@ -249,15 +316,31 @@ def coverage(model: nn.Module) -> list[tuple[str, dict[str, int], int]]:
     """
     return [
         (name, dict(w.uses), w.base.numel() * w.base.element_size() if w.uses["built"] else 0)
-        for name, w in _record(model).weights.items()
+        for name, w in _checked_record(model).weights.items()
     ]
 
 
 def _record(model: nn.Module) -> Attachment:
     record = model.__dict__.get(_RECORD)
     if record is None:
-        raise ValueError("the model has no merged weights: call fastmerge.attach first")
+        parts = [name for name, part in model.named_modules() if part.__dict__.get(_RECORD)]
+        where = f" (its part {parts[0]!r} has)" if parts else ""
+        raise ValueError(f"the model has no merged weights{where}: call fastmerge.attach first")
     return record
+
+
+def _checked_record(model: nn.Module) -> Attachment:
+    record = _record(model)
+    record.check(model)
+    return record
+
+
+def check_attached(model: nn.Module) -> None:
+    """Raise ValueError if merged weights of the model, or of a part of it, were replaced since."""
+    for module in model.modules():
+        record = module.__dict__.get(_RECORD)
+        if record is not None:
+            record.check(module)
 
 
 def _places(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .attachment import check_attached
 from .coefficients import Coefficients
 from .learning_checkpoint import load_checkpoint, save_checkpoint
 from .learning_step import NO_GRADIENT, EagerStep, GraphedStep, row_count
@@ -132,7 +133,8 @@ def learn(
         The history; the coefficients themselves are changed in place.
 
     Raises:
-        ValueError: tasks, heads or arguments do not fit together, or a batch iterable is empty.
+        ValueError: tasks, heads or arguments do not fit together, a batch iterable is empty, or a
+            merged weight was replaced after `attach`.
         FloatingPointError: a loss is NaN or Inf; names step and task, coefficients stay as they
             were after the last good step.
         FileExistsError: `checkpoint` exists and `resume` was not asked for.
@@ -142,6 +144,7 @@ def learn(
     tasks = list(batches)
     loss_of = resolve_objective(objective)
     _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience)
+    check_attached(model)
     parameters = [p for p in coefficients.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("coefficients have no parameter that requires grad")

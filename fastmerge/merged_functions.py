@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .ops._library import accumulate_dtype, as_task_vector, unpack_deltas
 
 HANDLERS: dict[Callable, Callable] = {}
 
@@ -38,6 +39,16 @@ def build(value: Any) -> Any:
     if type(value) is dict:
         return {k: build(v) for k, v in value.items()}
     return value
+
+
+def plain_sum(base: Tensor, deltas: object, coefficients: Tensor) -> Tensor:
+    """base + sum_k coefficients_k tau_k in plain PyTorch, which torch.func can transform."""
+    tensors, experts = unpack_deltas(deltas)
+    dtype = accumulate_dtype(base, tensors[0], coefficients)
+    total = base.to(dtype)
+    for coefficient, delta in zip(coefficients.to(dtype).unbind(), tensors, strict=True):
+        total = total + coefficient * as_task_vector(base, delta, experts, dtype)
+    return total.to(base.dtype)
 
 
 def implements(*functions: Callable) -> Callable:
@@ -130,7 +141,7 @@ def _embedding(
     base, deltas = gather(weight.base), weight.deltas.map(gather)
     rows = None
     for start, _, row in weight.spans:
-        combined = ops.weighted_sum(base, deltas, weight.coefficients.row(row))
+        combined = ops.weighted_sum(base, deltas, weight.row(row))
         later = (ids >= start).unsqueeze(-1)
         rows = combined if rows is None else torch.where(later, combined, rows)
     if padding_idx is not None:

@@ -12,7 +12,22 @@ from torch import Tensor
 from . import ops
 from .coefficients import Coefficients
 from .deltas import Deltas
-from .merged_functions import HANDLERS, as_tuple, build, implements, is_merged
+from .merged_functions import HANDLERS, build, implements, is_merged, plain_sum
+from .merged_refusals import (
+    refuse_dispatch,
+    refuse_hook,
+    refuse_lost_gradient,
+    refuse_optimizer,
+    refuse_parameter,
+    refuse_requires_grad,
+    refuse_sharding,
+    refuse_storage,
+    refuse_write,
+    refuse_written,
+    transforms_active,
+    warn_about_gradient,
+    writes,
+)
 
 Spans = tuple[tuple[int, int, int], ...]
 
@@ -23,7 +38,7 @@ class MergedWeight(torch.Tensor):
     Linear layers (`F.linear`, `torch.addmm`), embeddings and patch convolutions compute with it
     without building it; every other function gets a combined copy of this one tensor, with its
     gradient with respect to the coefficients. Slices of rows (`narrow`, `chunk`, `split`, `w[a:b]`)
-    are merged weights too. In-place changes are refused.
+    are merged weights too. In-place changes are refused; docs/merged-weight.md has the whole list.
 
     Attributes:
         base: [*], the base model's tensor.
@@ -33,6 +48,8 @@ class MergedWeight(torch.Tensor):
         spans: (start, stop, row of the coefficients) of each chunk of its rows; one chunk, unless
             the coefficients have `chunks`.
         uses: how often it was computed with, by "merged_linear", "patches", "rows" or "built".
+        detached: whether it keeps gradients from the coefficients, as `w.detach()` does.
+        is_parameter: whether it is what modules hold, and not a view of that.
     """
 
     base: Tensor
@@ -41,21 +58,26 @@ class MergedWeight(torch.Tensor):
     index: int
     spans: Spans
     uses: Counter
+    detached = False
+    is_parameter = True
     is_merged_weight = True
 
     @staticmethod
     def __new__(
         cls,
         base: Tensor,
-        deltas: Deltas,
-        coefficients: Coefficients,
-        index: int,
+        deltas: Deltas | None = None,
+        coefficients: Coefficients | None = None,
+        index: int = 0,
         spans: Spans | None = None,
+        **other,
     ):
+        if not isinstance(deltas, Deltas):
+            raise TypeError("merged weights are made by fastmerge.attach, not from a tensor")
         weight = torch.Tensor._make_wrapper_subclass(
             cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=False
         )
-        weight._is_param = True  # what nn.Module looks for in a Parameter subclass
+        torch._C._set_throw_on_mutable_data_ptr(weight)  # C++ that takes pointers finds no memory
         return weight
 
     def __init__(
@@ -87,28 +109,37 @@ class MergedWeight(torch.Tensor):
             for a, b, row in self.spans
             if max(a, start) < min(b, stop)
         )
-        view = MergedWeight(
+        return self._view(
             self.base[start:stop],
             self.deltas.rows(start, stop),
-            self.coefficients,
-            self.index,
             spans or ((0, 0, self.spans[0][2]),),
+            self.detached,
         )
-        view.uses = self.uses
+
+    def _view(self, base: Tensor, deltas: Deltas, spans: Spans, detached: bool) -> MergedWeight:
+        view = MergedWeight(base, deltas, self.coefficients, self.index, spans)
+        view.uses, view.detached, view.is_parameter = self.uses, detached, False
         return view
+
+    def row(self, row: int) -> Tensor:
+        """A row of the coefficients [K] to compute with, differentiable unless detached."""
+        if self.detached:
+            return self.coefficients.row(row).detach()
+        refuse_lost_gradient(self)
+        return self.coefficients.row(row)
 
     def chunks(self) -> list[tuple[int, int, Tensor, Deltas, Tensor]]:
         """(start, stop, base rows, their deltas, coefficients [K]) of each chunk of rows."""
         if len(self.spans) == 1:
             ((start, stop, row),) = self.spans
-            return [(start, stop, self.base, self.deltas, self.coefficients.row(row))]
+            return [(start, stop, self.base, self.deltas, self.row(row))]
         return [
             (
                 start,
                 stop,
                 self.base[start:stop],
                 self.deltas.rows(start, stop),
-                self.coefficients.row(row),
+                self.row(row),
             )
             for start, stop, row in self.spans
         ]
@@ -121,14 +152,80 @@ class MergedWeight(torch.Tensor):
     def combined(self) -> Tensor:
         """A built copy of the whole weight, differentiable with respect to the coefficients."""
         self.count("built")
-        built = [ops.weighted_sum(*rows) for _, _, *rows in self.chunks()]
+        weighted_sum = plain_sum if transforms_active() else ops.weighted_sum
+        built = [weighted_sum(*rows) for _, _, *rows in self.chunks()]
         return built[0] if len(built) == 1 else torch.cat(built)
 
     def alias(self) -> MergedWeight:
         """Another object for the same merged weight."""
-        alias = MergedWeight(self.base, self.deltas, self.coefficients, self.index, self.spans)
-        alias.uses = self.uses
+        alias = self._view(self.base, self.deltas, self.spans, self.detached)
+        alias.is_parameter = self.is_parameter
         return alias
+
+    def detach(self) -> Tensor:
+        """The same weight, still following the coefficients and refusing to be written to."""
+        if torch.compiler.is_compiling():
+            return self.combined().detach()
+        if self.detached:
+            return self
+        return self._view(self.base, self.deltas, self.spans, detached=True)
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not (is_merged(value) and value.base is self.base):  # not what model.to() found to do
+            refuse_write(self, "setting .data (as model.to() does)")
+
+    @property
+    def grad(self) -> None:
+        warn_about_gradient(self)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            refuse_hook(self, "setting .grad")
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> MergedWeight:
+        """Freezing it changes nothing, anything else is refused."""
+        return refuse_requires_grad(self) if requires_grad else self
+
+    @property
+    def _is_param(self) -> bool:
+        return self.is_parameter  # what nn.Module looks for in a Parameter subclass
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        refuse_parameter(self)  # what nn.Parameter(w, requires_grad=False) sets
+
+    @property
+    def is_leaf(self) -> bool:
+        return False
+
+    @property
+    def retains_grad(self) -> bool:
+        return refuse_optimizer(self)  # what optimizers ask a tensor that is no leaf
+
+    def _use_count(self) -> int:
+        return refuse_write(self, "torch.utils.swap_tensors")
+
+    @property
+    def _fsdp_flattened(self) -> bool:
+        return refuse_sharding(self)  # what FullyShardedDataParallel asks first
+
+    @property
+    def _fsdp_orig_uid(self) -> int:
+        return refuse_sharding(self)  # what fully_shard asks first
 
     def __repr__(self) -> str:
         return (
@@ -136,10 +233,14 @@ class MergedWeight(torch.Tensor):
             f"experts={len(self.deltas)})"
         )
 
+    def __copy__(self) -> MergedWeight:
+        return self._view(self.base, self.deltas, self.spans, self.detached)
+
     def __deepcopy__(self, memo: dict) -> MergedWeight:
         # base and deltas are never written to, so copies share them
         coefficients = copy.deepcopy(self.coefficients, memo)
         clone = MergedWeight(self.base, self.deltas, coefficients, self.index, self.spans)
+        clone.detached, clone.is_parameter = self.detached, self.is_parameter
         memo[id(self)] = clone
         return clone
 
@@ -155,62 +256,33 @@ class MergedWeight(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handler = HANDLERS.get(func)
+        refusal = _REFUSED.get(getattr(func, "__name__", ""))
+        if refusal is not None and is_merged(args[0]):
+            refusal(args[0], func.__name__)
+        handler = None if transforms_active() else HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        _refuse_mutation(func, args, kwargs)
+        refuse_written(func, args, kwargs)
         return func(*build(args), **build(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        weights = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if is_merged(a)]
-        raise NotImplementedError(
-            f"{func} reached merged weight {weights[0].name!r} past fastmerge's handling, where "
-            "its coefficients would lose their gradient; call fastmerge.materialize(model) first"
-        )
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        refuse_dispatch(next(leaf for leaf in leaves if is_merged(leaf)), func)
 
 
-def _refuse_mutation(func, args, kwargs) -> None:
-    """Raise if `func` would write to a merged weight, which a combined copy would hide."""
-    targets = args[:1] if func in _MUTATING else ()
-    if kwargs.get("out") is not None:
-        targets = (*targets, *as_tuple(kwargs["out"]))
-    for written in targets:
-        if is_merged(written):
-            raise RuntimeError(
-                f"{func} would change merged weight {written.name!r} in place: its value follows "
-                "from base, experts and coefficients. Change those, call "
-                "fastmerge.materialize(model) for ordinary weights, or move and convert the "
-                "model before fastmerge.attach"
-            )
-
-
-def _refuse_storage(weight: MergedWeight, name: str) -> None:
-    raise RuntimeError(
-        f"{name}: merged weight {weight.name!r} has no memory of its own; use "
-        "model.state_dict() or fastmerge.materialize(model) for ordinary tensors"
-    )
-
-
-@implements(torch.Tensor.requires_grad_)
-def _requires_grad_(weight: Tensor, requires_grad: bool = True) -> Tensor:
-    if requires_grad:
-        raise RuntimeError(
-            f"merged weight {weight.name!r} cannot require grad: its coefficients do. Optimize "
-            "coefficients.parameters()"
-        )
-    return weight
+implements(torch.detach)(MergedWeight.detach)
 
 
 def _metadata_functions() -> frozenset:
     """Functions that only look at shape, dtype, device or flags: they need no combined copy."""
     tensor = torch.Tensor
     properties = (
-        "shape dtype device ndim layout is_leaf requires_grad grad grad_fn itemsize nbytes "
+        "shape dtype device ndim layout grad_fn itemsize nbytes "
         "is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested is_mkldnn "
-        "_version output_nr retains_grad _backward_hooks"
+        "_version output_nr _backward_hooks"
     )
     methods = (
         "size dim ndimension numel nelement element_size stride storage_offset is_contiguous "
@@ -222,30 +294,40 @@ def _metadata_functions() -> frozenset:
     return frozenset(functions)
 
 
-def _mutating_functions() -> frozenset:
-    """Functions that write to their first argument: in-place methods, operators and setters."""
-    functions = set()
-    for overridable in torch.overrides.get_overridable_functions().values():
-        for function in overridable:
-            name = getattr(function, "__name__", "")
-            in_place = name.endswith("_") and not name.endswith("__")
-            operator = name.startswith("__i") and name not in (
-                "__init__",
-                "__invert__",
-                "__index__",
-            )
-            if in_place or operator or name in ("__setitem__", "__set__"):
-                functions.add(function)
-    for name in dir(torch.Tensor):
-        attribute = getattr(torch.Tensor, name)
-        if hasattr(attribute, "__set__") and not isinstance(attribute, property):
-            functions.add(attribute.__set__)
-    return frozenset(functions)
-
-
 _METADATA = _metadata_functions()
-_MUTATING = _mutating_functions()
-_STORAGE = ("data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad")
+_REFUSED = dict.fromkeys(
+    ("data_ptr", "storage", "untyped_storage", "storage_type", "_typed_storage"), refuse_storage
+) | dict.fromkeys(
+    ("register_hook", "register_post_accumulate_grad_hook", "retain_grad"), refuse_hook
+)
+_VIEWS = frozenset(
+    "view view_as reshape reshape_as flatten unflatten ravel t transpose swapaxes swapdims movedim "
+    "permute squeeze unsqueeze narrow select diagonal unbind split chunk tensor_split expand "
+    "expand_as unfold __getitem__".split()
+)
+_CONVERSIONS = frozenset("to type type_as contiguous cpu cuda float double half bfloat16".split())
+
+
+def _convert(weight: MergedWeight, name: str, args: tuple, kwargs: dict) -> Tensor | str:
+    """The weight itself where a conversion has nothing to do, else a converted built copy."""
+    if not torch.compiler.is_compiling():
+        probe = weight.base.new_empty([0] * weight.base.dim())
+        target = getattr(probe, name)(*build(args), **build(kwargs))
+        if target is probe or not isinstance(target, Tensor):
+            return weight if target is probe else target
+        if target.is_meta and not probe.is_meta:
+            refuse_write(weight, "moving to the meta device")
+    return getattr(weight.combined(), name)(*build(args), **build(kwargs))
+
+
+def _writable() -> bool:
+    """Whether user code may edit parameters now: gradients are off, outside of any transform."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or torch.compiler.is_compiling()
+        or transforms_active()
+    )
 
 
 def _define_methods() -> None:
@@ -254,19 +336,27 @@ def _define_methods() -> None:
     They do what `__torch_function__` would; as Python functions, torch.compile can follow them.
     """
     looks = {f.__name__ for f in _METADATA if getattr(torch.Tensor, f.__name__, None) is f}
-    writes = {f.__name__ for f in _MUTATING}
+    rows = {"narrow", "split", "chunk", "__getitem__"}
 
     def method(name: str) -> Callable:
-        if name in _STORAGE:
-            return lambda self, *args, **kwargs: _refuse_storage(self, name)
+        if name in _REFUSED:
+            return lambda self, *args, **kwargs: _REFUSED[name](self, name)
+        if writes(name):
+            return lambda self, *args, **kwargs: refuse_write(self, name)
         if name in looks:
             return lambda self, *args, **kwargs: getattr(self.base, name)(*args, **kwargs)
-        handler = HANDLERS[getattr(torch.Tensor, name)] if name in views else None
+        if name in _CONVERSIONS:
+            return lambda self, *args, **kwargs: _convert(self, name, args, kwargs)
+        handler = HANDLERS[getattr(torch.Tensor, name)] if name in rows else None
 
         def call(self, *args, **kwargs):
             result = NotImplemented if handler is None else handler(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+            if name in _VIEWS and _writable():
+                refuse_lost_gradient(self)
+                with torch.inference_mode():  # a view of a copy that refuses to be written to
+                    return getattr(self.combined(), name)(*build(args), **build(kwargs))
             return getattr(self.combined(), name)(*build(args), **build(kwargs))
 
         return call
@@ -274,12 +364,13 @@ def _define_methods() -> None:
     operators = "add sub mul truediv floordiv mod pow matmul and or xor".split()
     dunder = {f"__{prefix}{o}__" for o in operators for prefix in ("", "r")}
     dunder |= {"__neg__", "__abs__", "__getitem__", "__eq__", "__ne__"}
-    views = {"narrow", "split", "chunk", "__getitem__"}
     for name in dir(torch.Tensor):
-        public = not name.startswith("_") and callable(getattr(torch.Tensor, name))
-        if (public or name in dunder) and name not in writes and name not in vars(MergedWeight):
-            if not isinstance(getattr(torch.Tensor, name), type):
-                setattr(MergedWeight, name, method(name))
+        attribute = getattr(torch.Tensor, name)
+        public = (
+            not name.startswith("_") and callable(attribute) and not isinstance(attribute, type)
+        )
+        if (public or name in dunder or writes(name)) and name not in vars(MergedWeight):
+            setattr(MergedWeight, name, method(name))
 
 
 _define_methods()

@@ -147,7 +147,16 @@ def test_copies_have_their_own_coefficients(net, experts):
     own = clone.layer.weight.coefficients
     assert own is clone.embedding.weight.coefficients and own is not coefficients
     assert torch.equal(own.raw, torch.full((5, 3), 0.3))
-    assert clone.layer.weight.base.data_ptr() == net.layer.weight.base.data_ptr()
+    ours, copied = net.layer.weight, clone.layer.weight
+    assert [t.data_ptr() for t in copied.deltas.tensors] == [
+        t.data_ptr() for t in ours.deltas.tensors
+    ]
+    fm.detach(net)
+    with torch.no_grad():
+        net.layer.weight.zero_()  # the clone's base is its own
+    assert copied.base.abs().max() > 0
+    assert fm.detach(copy.deepcopy(clone)).layer.weight.abs().max() > 0
+    fm.attach(net, experts)
     fm.materialize(clone)
     assert isinstance(net.layer.weight, MergedWeight)
 
@@ -165,7 +174,7 @@ def test_what_cannot_work_is_refused(net, experts):
             net.layer.weight += 1
     with pytest.raises(RuntimeError, match="in place"):
         net.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="in place"):
+    with pytest.raises(RuntimeError, match="load into the base model before"):
         net.load_state_dict(net.state_dict())
     with pytest.raises(RuntimeError, match="cannot require grad"):
         net.requires_grad_(True)

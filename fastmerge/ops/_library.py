@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastmerge", "DEF")
 REGISTERED: dict[str, bool] = {}  # every op, and whether it has compiled kernels
@@ -49,7 +50,10 @@ def register_no_gradient(name: str) -> None:
     """Make differentiating through an op an error instead of torch's silent wrong gradient."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(f"fastmerge::{name} is not differentiable")
+        raise RuntimeError(
+            f"fastmerge::{name} is not differentiable: second derivatives of merged weights need "
+            "torch.func (torch.func.hessian, or grad of grad)"
+        )
 
     register_gradient(name, backward, lambda ctx, inputs, output: None)
 
@@ -73,6 +77,16 @@ def check(condition: bool, message: Callable[[], str]) -> None:
     if condition is True:
         return
     torch._check(condition, message)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Raise if a tensor carries a forward-mode tangent, which torch would silently drop."""
+    if forward_ad._current_level >= 0:
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative (torch.func.jvp); use reverse mode, or a "
+                "model with merged weights, which computes with plain PyTorch meanwhile"
+            )
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

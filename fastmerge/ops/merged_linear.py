@@ -21,6 +21,7 @@ from ._library import (
     check_coefficients,
     check_deltas,
     check_float,
+    refuse_forward_mode,
     refuse_gradient,
     register,
     register_gradient,
@@ -61,6 +62,7 @@ def merged_linear(
     Source: AdaMerging (arXiv 2310.02575) computes the same from built weights.
     """
     tensors, experts = unpack_deltas(deltas)
+    refuse_forward_mode("merged_linear", x, coefficients)
     return torch.ops.fastmerge.merged_linear(
         x, base, tensors, coefficients, bias, experts, transpose
     )

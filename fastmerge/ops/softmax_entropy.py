@@ -10,6 +10,7 @@ from ._library import (
     accumulate_dtype,
     check,
     check_float,
+    refuse_forward_mode,
     register,
     register_gradient,
     register_no_gradient,
@@ -32,6 +33,7 @@ def softmax_entropy(logits: Tensor) -> Tensor:
 
     Source: AdaMerging (arXiv 2310.02575), the entropy surrogate; Tent (arXiv 2006.10726).
     """
+    refuse_forward_mode("softmax_entropy", logits)
     return torch.ops.fastmerge.softmax_entropy(logits)
 
 

@@ -15,6 +15,7 @@ from ._library import (
     check_coefficients,
     check_deltas,
     check_float,
+    refuse_forward_mode,
     refuse_gradient,
     register,
     register_gradient,
@@ -53,6 +54,7 @@ def weighted_sum(
     """
     if isinstance(base, Tensor) and out is None:
         tensors, experts = unpack_deltas(deltas)
+        refuse_forward_mode("weighted_sum", coefficients)
         return torch.ops.fastmerge.weighted_sum(base, tensors, coefficients, experts, dtype)
     single = isinstance(base, Tensor)
     bases = [base] if single else list(base)
