@@ -100,10 +100,80 @@ def demo(
     )
 
 
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, in mergekit's YAML format or ours.")],
+    out: Annotated[Path, typer.Argument(help="Folder to be made.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, its bytes and memory; write nothing.")
+    ] = False,
+    max_memory: Annotated[str, typer.Option(help="Memory besides the page cache.")] = "1GiB",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a job that was interrupted.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the output again and compare.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Blocks computed at a time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of random methods, in place of the recipe's.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest size of an output file.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in the inputs.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Merge checkpoint folders by a recipe into a new one, in bounded memory."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from .merge_command import run_merge
+
+    run_merge(
+        recipe,
+        out,
+        dry_run=dry_run,
+        max_memory=max_memory,
+        resume=resume,
+        verify=verify,
+        device=device,
+        threads=threads,
+        seed=seed,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        quiet=quiet,
+    )
+
+
+@app.command()
+def inspect(
+    base: Annotated[str, typer.Argument(help="Folder of the base model.")],
+    experts: Annotated[list[str], typer.Argument(help="Folders of experts or LoRA adapters.")],
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write plots over the layers to this PNG file.")
+    ] = None,
+) -> None:
+    """Compare experts: norms, cosines and sign conflicts of their task vectors."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from .inspect_command import run_inspect
+
+    run_inspect(base, experts, json_path=json_path, plot=plot)
+
+
 def main() -> None:
     """Entry point: errors of the user's making are one line, without a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        typer.echo(f"fastmerge: {error}", err=True)
+    except KeyboardInterrupt:
+        typer.echo("fastmerge: interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        typer.echo(f"fastmerge: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checking import (
+    STATISTICS,
     Patterns,
     check_models,
     check_plain,
@@ -23,17 +24,20 @@ from .checking import (
     tied_names,
 )
 from .coefficients import Coefficients, load_coefficients
+from .jobs.door import merge_folders
 from .merged_weight import MergedWeight
 from .methods import Block, Method, Weighted, make_method, run_passes
 from .ops._library import accumulate_dtype
 
 
 def merge(
-    base: nn.Module | Mapping[str, Tensor],
+    base: nn.Module | Mapping[str, Tensor] | str | Path,
     experts: Any,
     method: str | Method | None = None,
     coefficients: Coefficients | Tensor | str | Path | None = None,
     *,
+    out: str | Path | None = None,
+    job: Mapping[str, Any] | None = None,
     names: Sequence[str] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -41,7 +45,7 @@ def merge(
     progress: bool = False,
     seed: int = 0,
     **params: Any,
-) -> nn.Module | dict[str, Tensor]:
+) -> nn.Module | dict[str, Tensor] | Path:
     """Merge experts that were fine-tuned from one base model.
 
     Merged are the floating-point parameters: of a module its parameters, of a state dict all
@@ -51,16 +55,23 @@ def merge(
     Everything is checked before anything is computed, and the result shares no memory with the
     inputs.
 
+    Checkpoint folders are merged into a new folder, block by block in bounded memory, with the
+    same values.
+
     Args:
-        base: module or state dict.
+        base: module, state dict, or folder of a checkpoint.
         experts: K models like base, as a list or {name: expert}: modules or state dicts, in any
-            floating-point dtype. They may lack, or differ in, tensors that are not merged.
+            floating-point dtype; folders if base is one, LoRA adapters in PEFT's format included.
+            They may lack, or differ in, tensors that are not merged.
         method: a name from `fastmerge.methods.METHODS`, or a `Method`. Either this or
             coefficients.
         coefficients: theta = theta_0 + sum_k lambda_k tau_k with learned or given lambda: a
             `Coefficients` module or the path of its file, which also choose the tensors to be
             merged; or a tensor, [K] or [L, K] with one row per merged tensor in the base's order,
-            tied tensors once.
+            tied tensors once. Folders need `names` with [L, K].
+        out: the folder to be made, if base is one.
+        job: options of a job on folders, for example {"max_memory": 1 << 30, "resume": True}: the
+            keywords of `fastmerge.jobs.engine.run`.
         names: names of the L tensors that the rows of a [L, K] tensor belong to; these are merged.
         include, exclude: which tensors are merged: glob patterns, or a function of the name.
         allow_nonfinite: accept NaN and Inf in base and experts.
@@ -70,8 +81,8 @@ def merge(
         params: the method's parameters, for example density=0.2.
 
     Returns:
-        A module if base is one (a deep copy with merged weights), else a state dict. Each tensor
-        has the base's dtype.
+        A module if base is one (a deep copy with merged weights), a state dict if base is one, else
+        the path of the new folder. Each tensor has the base's dtype.
 
     Raises:
         ValueError: models that do not fit each other, coefficients that do not fit the models,
@@ -93,6 +104,24 @@ def merge(
     if isinstance(coefficients, Coefficients):
         names = coefficients.names
 
+    if isinstance(base, (str, Path)):
+        if out is None:
+            raise ValueError("merge: checkpoint folders need out, the folder to be made")
+        return merge_folders(
+            base,
+            experts,
+            out,
+            method,
+            coefficients,
+            names=names,
+            select=lambda found: _selected(found, include, exclude),
+            seed=seed,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            **(job or {}),
+        )
+    if out is not None or job is not None:
+        raise TypeError("merge: out and job belong to checkpoint folders")
     if isinstance(base, nn.Module):
         _refuse_attached(base)
     originals = read_tensors(base, "base")
@@ -134,6 +163,14 @@ def merge(
         for name, merged in _merged(method, bases, tensors, progress, seed):
             result.put(name, merged)
     return result.finished()
+
+
+def _selected(names: Sequence[str], include: Patterns, exclude: Patterns) -> set[str]:
+    """Names of a checkpoint's tensors that are merged, or averaged as running statistics are."""
+    statistics = {name for name in names if name.rpartition(".")[2] in STATISTICS}
+    others = [name for name in names if name not in statistics]
+    chosen = select_names(others, include, exclude, others=statistics)
+    return {*chosen, *(name for name in statistics if not matches(name, exclude))}
 
 
 def _refuse_attached(base: nn.Module) -> None:

@@ -187,7 +187,7 @@ def heat_map(
         if values.min() < 0
         else {"cmap": "viridis", "vmin": 0.0, "vmax": limit}
     )
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     panel = max(1.5, 0.24 * len(blocks))
     figure, axes = pyplot.subplots(
         1,
@@ -206,7 +206,7 @@ def heat_map(
     figure.supxlabel("block", fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=axes[0], label="coefficient λ", pad=0.01)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def learning_curves(curves: Sequence[Curve], path: str | Path, title: str = "") -> Path:
@@ -220,7 +220,7 @@ def learning_curves(curves: Sequence[Curve], path: str | Path, title: str = "") 
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(
         len(curves),
         2,
@@ -264,7 +264,7 @@ def learning_curves(curves: Sequence[Curve], path: str | Path, title: str = "") 
     )
     if title:
         figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def bar_chart(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
@@ -278,7 +278,7 @@ def bar_chart(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = 
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     groups = [*rows[0]["accuracy"], "average"]
     colors = _bar_colors(rows)
     figure, axis = pyplot.subplots(figsize=(12, 4.6), layout="constrained")
@@ -301,10 +301,15 @@ def bar_chart(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = 
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     if title:
         axis.set_title(title, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -315,11 +320,12 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure, make its folder if need be, and close it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    load_pyplot().close(figure)
     return path
 
 

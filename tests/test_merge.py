@@ -283,7 +283,7 @@ REFUSED = {
         "base: entry 'epoch' is int, expected a tensor",
     ),
     "one state dict": (lambda b, e: (b, e), TypeError, "got one state dict; pass a list"),
-    "a path": (lambda b, e: ("model.bin", [e]), TypeError, "base: expected a module or a state"),
+    "a path": (lambda b, e: ("model.bin", [e]), ValueError, "checkpoint folders need out"),
     "an expert's path": (
         lambda b, e: (b, ["model.bin"]),
         TypeError,

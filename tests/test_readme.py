@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastmerge.cli import app
+from fastmerge.jobs.recipe import read_recipe
 from fastmerge.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,11 @@ def test_examples_run_and_learn(tmp_path, monkeypatch, capsys):
     chance = 1 / names["TEACHER"].shape[1]
     assert chance + 0.2 < fixed < learned - 0.03
     assert names["history"].loss[-1] < 0.5 * names["history"].loss[0]
+
+
+def test_recipes_are_good():
+    recipes = [read_recipe(block) for block in _blocks("yaml")]
+    assert recipes and all(recipe.slices for recipe in recipes)
 
 
 def test_kernel_table_matches_the_registry():

@@ -35,15 +35,27 @@ class Dialect:
 
     Attributes:
         method: its name in `fastmerge.methods.METHODS`.
-        base: "required", "optional", or "input": a base model is one more input.
+        base: "required", "optional", "input" (a base model is one more input) or "ignored" (it is
+            read only if it is listed as a model).
         inputs: least and largest number of inputs besides the base model.
         knobs: its parameters.
+        renamed: {parameter: what the method's constructor calls it}, where that differs.
     """
 
     method: str
-    base: Literal["required", "optional", "input"]
+    base: Literal["required", "optional", "input", "ignored"]
     inputs: tuple[int, int | None]
     knobs: Mapping[str, Knob] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the base model is told from the experts."""
+        return self.base in ("required", "optional")
+
+    def argument(self, parameter: str) -> str:
+        """What the method's constructor calls a parameter."""
+        return self.renamed.get(parameter, parameter)
 
 
 _WEIGHT = Knob(default=REQUIRED, per_expert=True)
@@ -108,7 +120,11 @@ DIALECTS: dict[str, Dialect] = {
     "arcee_fusion": Dialect("arcee_fusion", "required", (1, 1)),
     "passthrough": Dialect("passthrough", "optional", (1, 1), {"scale": Knob(per_expert=True)}),
     "average": Dialect(
-        "average", "optional", (1, None), {"weight": Knob(default=1.0, per_expert=True)}
+        "average",
+        "ignored",
+        (1, None),
+        {"weight": Knob(default=1.0, per_expert=True)},
+        {"weight": "weights"},
     ),
     "weighted": Dialect("weighted", "required", (1, None)),
 }

@@ -35,7 +35,12 @@ class Stacks:
         found = self.locate(name)
         if found is None:
             return 0.0
-        return found[1] / max(self.sizes[found[0]] - 1, 1)
+        return relative_position(found[1], self.sizes[found[0]])
+
+
+def relative_position(layer: int, count: int) -> float:
+    """t of a layer among `count`: from 0 to 1; 1 for a single one, as in mergekit."""
+    return layer / (count - 1) if count > 1 else 1.0
 
 
 def find_stacks(names: Iterable[str], config: Mapping[str, Any]) -> Stacks:
@@ -60,6 +65,20 @@ def find_stacks(names: Iterable[str], config: Mapping[str, Any]) -> Stacks:
         longest = max(sizes.values())
         chosen = {stack: size for stack, size in sizes.items() if size == longest}
     return Stacks(chosen)
+
+
+_INPUT_PARTS = ("embed", "emb.", "wte", "wpe", "patch", "cls_token")
+_OUTPUT_PARTS = ("embed_out", "output_embed")
+
+
+def precedes_layers(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them, as embeddings do; norms and heads not.
+
+    Used where a recipe stacks layers of different models: what precedes comes from the first
+    slice's models, the rest from the last's.
+    """
+    lower = name.lower()
+    return any(p in lower for p in _INPUT_PARTS) and not any(p in lower for p in _OUTPUT_PARTS)
 
 
 def layer_counts(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:

@@ -148,7 +148,7 @@ def _recipe(raw: Any, text: str) -> Recipe:
     dialect = find_dialect(top["merge_method"], given)
     reader = _Reader(dialect, top["merge_method"])
     base = _optional(top, "base_model", read_model_name)
-    slices = reader.slices(parts)
+    slices = reader.slices(parts, base)
     if dialect.base == "required" and base is None and any(s.base is None for s in slices):
         raise RecipeError(f"base_model is missing: {reader.method} needs one")
     coefficients = _optional(top, "coefficients", _text)
@@ -182,11 +182,15 @@ class _Reader:
     def __init__(self, dialect: Dialect, method: str):
         self.dialect, self.method = dialect, method
 
-    def slices(self, parts: Mapping[str, Any]) -> tuple[Slice, ...]:
+    def slices(self, parts: Mapping[str, Any], base: ModelName | None) -> tuple[Slice, ...]:
         if ("models" in parts) == ("slices" in parts):
             raise RecipeError("give either models or slices")
         if "models" in parts:
-            return (Slice(tuple(self.inputs(parts["models"], "models", False)), None),)
+            sources = tuple(self.inputs(parts["models"], "models", False))
+            listed = base is None or any(source.model == base for source in sources)
+            if self.dialect.base == "input" and not listed:
+                sources += (Input(base, None),)
+            return (Slice(sources, None),)
         slices = []
         for number, raw in enumerate(_list(parts["slices"], "slices")):
             where = f"slices[{number}]"
@@ -249,14 +253,14 @@ def _check_inputs(recipe: Recipe, part: Slice, where: str) -> None:
     models = [source.model for source in part.sources]
     base = part.base or recipe.base
     dialect, count = recipe.dialect, len(models)
-    if dialect.base != "input":
+    if dialect.has_experts:
         twice = next((m for m in models if base is not None and m == base), None)
         count -= twice is not None
     least, most = dialect.inputs
     if recipe.method == "passthrough":
         count = len(models)
     if count < least or (most is not None and count > most):
-        besides = "" if base is None or dialect.base == "input" else " besides the base model"
+        besides = "" if base is None or not dialect.has_experts else " besides the base model"
         limit = f"{least}" if least == most else f"at least {least}"
         raise RecipeError(f"{where}: {recipe.method} needs {limit} models{besides}, got {count}")
     seen = set()
@@ -266,7 +270,7 @@ def _check_inputs(recipe: Recipe, part: Slice, where: str) -> None:
         seen.add((source.model, source.layers))
     for name, knob in dialect.knobs.items():
         for source in part.sources:
-            is_base = dialect.base != "input" and source.model == base
+            is_base = dialect.has_experts and source.model == base
             levels = (source.parameters, part.parameters, recipe.parameters)
             needed = knob.default is REQUIRED and not (is_base and knob.per_expert)
             if needed and not any(name in level for level in levels):

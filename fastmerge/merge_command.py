@@ -1,0 +1,108 @@
+"""What `fastmerge merge` does: read a recipe, show or run its plan."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .jobs.places import find_folders
+from .jobs.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from .jobs.plan import Plan
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512MiB, 2G or 1000000; units are powers of 1024.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(?:i?b)?)\s*", text.lower())
+    if match is None or len(match[1]) > 15:
+        raise ValueError(f"{text!r} is no size, expected for example 512MiB or 2G")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def run_merge(
+    recipe_file: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    max_memory: str,
+    shard_size: str,
+    seed: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Run a recipe.
+
+    Args:
+        recipe_file: the recipe.
+        out: folder to be made.
+        dry_run: only show what would be done.
+        max_memory, shard_size: sizes for `parse_size`.
+        seed: seed of random methods, in place of the recipe's.
+        quiet: print nothing but errors.
+        options: for `fastmerge.jobs.engine.run`.
+
+    Raises:
+        ValueError: a recipe, checkpoint or size that is refused.
+    """
+    memory, shard_bytes = parse_size(max_memory), parse_size(shard_size)
+    recipe = load_recipe(recipe_file)
+    folders = find_folders(recipe, recipe_file.parent)
+    from .jobs.planning import make_plan  # only now, since it imports torch
+
+    plan, report = make_plan(
+        recipe, folders, beside=recipe_file.parent, seed=seed, shard_bytes=shard_bytes
+    )
+    speaks = not quiet and os.environ.get("RANK", "0") == "0"
+    if dry_run or speaks:
+        for line in (*report.lines(), *costs(plan, memory)):
+            print(line)
+    if dry_run:
+        return
+    from .jobs.engine import run
+
+    start = time.perf_counter()
+    run(plan, out, max_memory=memory, progress=speaks, **options)
+    if speaks:
+        print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
+
+
+def costs(plan: Plan, max_memory: int) -> list[str]:
+    """What a plan reads, writes and holds in memory, in sentences."""
+    import torch
+
+    from .jobs.engine import check_plan, needed_memory
+
+    cuts = check_plan(plan)
+    passes = {id(o.method): len(o.method.passes(torch.float32)) for o in plan.outputs if o.method}
+    counts = [passes.get(id(output.method), 0) + 1 for output in plan.outputs]
+    read = sum(cut.read_bytes * count for cut, count in zip(cuts, counts, strict=True))
+    stored = sum(cut.read_bytes for cut in cuts)
+    written = sum(math.prod(o.shape) * o.dtype.itemsize for o in plan.outputs)
+    block, name = needed_memory(plan, cuts)
+    return [
+        f"inputs: {show_bytes(stored)}, read {max(counts, default=1)} times at most, "
+        f"{show_bytes(read)} in all",
+        f"output: {show_bytes(written)} in {len(plan.outputs)} tensors, "
+        f"and {', '.join(sorted(plan.texts))}",
+        f"memory: at most {show_bytes(max_memory)} besides the page cache; the largest block takes "
+        f"{show_bytes(block)} ({name})",
+    ]
+
+
+def show_bytes(count: int) -> str:
+    """A size for people, in powers of 1024."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,243 @@
+"""Vocabularies: unions of tokenizers, and rows that belong to the right tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmerge.jobs.places import find_folders
+from fastmerge.jobs.planning import make_plan
+from fastmerge.jobs.recipe import RecipeError, read_recipe
+from fastmerge.jobs.vocabulary import Vocabulary, align, read_vocabulary, unite
+
+from .tiny_models import tensors_of, write_model, write_tokenizer
+
+TOKENS = {
+    "base": ["<unk>", "a", "b", "c", "d"],
+    "one": ["<unk>", "c", "a", "x", "y"],
+    "two": ["<unk>", "b", "y", "z"],
+}
+ADDED = {"base": {"<s>": 5}, "one": {"<t>": 5, "<s>": 6}, "two": {}}
+ROWS = {"base": 6, "one": 8, "two": 4}
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Three models with different tokenizers; `one` has a row of padding."""
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, tokens) in enumerate(TOKENS.items()):
+        tensors = tensors_of(seed, rows=ROWS[name])
+        write_model(tmp_path / name, tensors, tokens, ADDED[name], bos_token_id=seed)
+    return tmp_path
+
+
+def _ids(name):
+    return {token: n for n, token in enumerate(TOKENS[name])} | ADDED[name]
+
+
+def _plan(source, base="base", **more):
+    recipe = {
+        "merge_method": "average",
+        "models": ["base", "one", "two"],
+        "tokenizer_source": source,
+        **({"base_model": base} if base else {}),
+        **more,
+    }
+    checked = read_recipe(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
+    return make_plan(checked, find_folders(checked))[0]
+
+
+def _expected(token, name, key, stored, base="base"):
+    """The row of a token, by the rule that the documents give."""
+    if token in _ids(name):
+        return stored[name][key][_ids(name)[token]]
+    if token in _ids(base):
+        return stored[base][key][_ids(base)[token]]
+    rows = [stored[m][key][_ids(m)[token]] for m in TOKENS if token in _ids(m)]
+    return torch.stack(rows).mean(0)
+
+
+UNION = ["<unk>", "a", "b", "c", "d", "<s>", "x", "y", "z", "<t>"]
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens"),
+    [
+        ("base", UNION[:6]),
+        ("union", UNION),
+        ("one", ["<unk>", "c", "a", "x", "y", "<t>", "<s>"]),
+        ("model:two", TOKENS["two"]),
+    ],
+)
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_rows_belong_to_the_tokens(models, source, tokens, key):
+    plan = _plan(source)
+    stored = {name: tensors_of(seed, rows=ROWS[name]) for seed, name in enumerate(TOKENS)}
+    written = json.loads(plan.texts["tokenizer.json"])
+    found = written["model"]["vocab"] | {e["content"]: e["id"] for e in written["added_tokens"]}
+    assert found == {token: n for n, token in enumerate(tokens)}
+    shape = next(o.shape for o in plan.outputs if o.name == key)
+    assert shape[0] == len(tokens) + (source == "one")
+    assert json.loads(plan.texts["config.json"])["vocab_size"] == shape[0]
+    for name in TOKENS:
+        rows = plan.checkpoints[name].read(key)
+        assert list(rows.shape) == list(shape)
+        for number, token in enumerate(tokens):
+            assert torch.equal(rows[number], _expected(token, name, key, stored)), (name, token)
+        for start, stop in ((0, 1), (1, 4), (3, shape[0]), (2, 2)):
+            assert torch.equal(plan.checkpoints[name].read(key, start, stop), rows[start:stop])
+
+
+def test_padding_rows_stay(models):
+    plan = _plan("one", base="one", models=["one", "base"])
+    stored = tensors_of(1, rows=8)["lm_head.weight"]
+    assert torch.equal(plan.checkpoints["one"].read("lm_head.weight"), stored)
+    assert torch.equal(plan.checkpoints["base"].read("lm_head.weight")[7], stored[7])
+
+
+def test_rows_are_padded_to_a_multiple_with_zeros(models):
+    plan = _plan(None, tokenizer={"source": "union", "pad_to_multiple_of": 8})
+    for name in ("base", "two"):
+        rows = plan.checkpoints[name].read("lm_head.weight")
+        assert len(rows) == 16 and not rows[10:].any() and bool(rows[:10].any(1).all())
+
+
+def test_another_models_tokenizer_brings_its_special_ids(models):
+    assert json.loads(_plan("two").texts["config.json"])["bos_token_id"] == 2
+    assert json.loads(_plan("union").texts["config.json"])["bos_token_id"] == 0
+
+
+def test_equal_vocabularies_are_left_as_they_are(models):
+    write_model(models / "two", tensors_of(2, rows=6), TOKENS["base"], ADDED["base"])
+    plan = _plan("union", models=["base", "two"])
+    assert {type(c).__name__ for c in plan.checkpoints.values()} == {"Checkpoint"}
+    assert plan.texts["tokenizer.json"] == (models / "base" / "tokenizer.json").read_bytes()
+
+
+def test_tied_and_untied_models_align(models):
+    write_model(models / "two", tensors_of(2, rows=4, tied=True), TOKENS["two"])
+    plan = _plan("union")
+    head = next(o for o in plan.outputs if o.name == "lm_head.weight")
+    assert [s.key for s in head.experts] == [
+        "lm_head.weight", "lm_head.weight", "model.embed_tokens.weight",
+    ]  # fmt: skip
+    assert {o.shape for o in plan.outputs if o.shape[0] == 10} == {(10, 8)}
+
+
+def test_the_order_of_rows_is_part_of_the_hash(models):
+    hashes = {s: _plan(s).checkpoints["two"].hash() for s in ("base", "union", "two")}
+    assert len(set(hashes.values())) == 3
+
+
+def test_a_missing_tokenizer_is_refused(models):
+    (models / "two" / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=r"two: two/tokenizer.json is missing"):
+        _plan("union")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"model": 3}',
+        '{"model": {}}',
+        '{"model": {"vocab": [1]}}',
+        '{"model": {"vocab": {"a": "b"}}}',
+        '{"model": {"vocab": {"a": -1}}}',
+        '{"model": {"vocab": {"a": 99999999}}}',
+        '{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}',
+    ],
+)
+def test_strange_tokenizer_files_are_refused(models, text):
+    (models / "two" / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"two/tokenizer.json: "):
+        _plan("union")
+
+
+def test_models_without_the_counted_rows_are_refused(models):
+    config = json.loads((models / "two" / "config.json").read_text())
+    (models / "two" / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    with pytest.raises(RecipeError, match="two: no tensor has vocab_size rows"):
+        _plan("union")
+
+
+def _vocabulary(name, tokens, kind="WordLevel", added=()):
+    entries = [{"id": n, "content": t} for t, n in added]
+    vocab = [[t, -1.0] for t in tokens] if kind == "Unigram" else {
+        t: n for n, t in enumerate(tokens)
+    }  # fmt: skip
+    raw = {"model": {"type": kind, "vocab": vocab}, "added_tokens": entries}
+    return Vocabulary(name, {t: n for n, t in enumerate(tokens)} | dict(added), raw)
+
+
+def test_unigram_tokens_take_their_score_along():
+    a, b = _vocabulary("a", "xy", "Unigram"), _vocabulary("b", "yz", "Unigram")
+    b.raw["model"]["vocab"][1][1] = -7.5
+    assert unite([a, b]).raw["model"]["vocab"] == [["x", -1.0], ["y", -1.0], ["z", -7.5]]
+    assert a.raw["model"]["vocab"] == [["x", -1.0], ["y", -1.0]]
+
+
+def test_unigram_tokens_that_have_no_place_are_refused():
+    first = _vocabulary("a", "xy", "Unigram", [("<s>", 2)])
+    with pytest.raises(RecipeError, match=r"token 'z' of b \(Unigram\) cannot be added"):
+        unite([first, _vocabulary("b", "yz", "Unigram")])
+    with pytest.raises(RecipeError, match=r"token 'z' of b \(BPE\) cannot be added"):
+        unite([_vocabulary("a", "xy", "Unigram"), _vocabulary("b", "yz", "BPE")])
+
+
+def test_the_union_loads_and_splits_as_before(models):
+    tokenizers = pytest.importorskip("tokenizers")
+    found = tokenizers.Tokenizer.from_str(_plan("union").texts["tokenizer.json"].decode())
+    assert found.encode("a x <t> z d q").tokens == ["a", "x", "<t>", "z", "d", "<unk>"]
+    assert found.get_vocab_size() == len(UNION)
+
+
+vocabularies = st.lists(
+    st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(vocabularies, st.integers(0, 3), st.lists(st.integers(0, 3), min_size=4, max_size=4))
+def test_alignment_by_brute_force(lists, extra, padding):
+    """Each row, looked up token by token."""
+    found = {f"m{n}": _vocabulary(f"m{n}", tokens) for n, tokens in enumerate(lists)}
+    sizes = {name: len(v.ids) + padding[n] for n, (name, v) in enumerate(found.items())}
+    target = unite(list(found.values()))
+    rows = target.size + extra
+    alignments = align(target, rows, found, sizes, "m0")
+    token_of = {n: token for token, n in target.ids.items()}
+    for name, alignment in alignments.items():
+        assert len(alignment.own) == rows
+        for row in range(rows):
+            own, others = int(alignment.own[row]), dict(alignment.others)
+            if row in token_of:
+                assert own == found[name].ids.get(token_of[row], -1)
+                if own < 0:
+                    have = {
+                        m: v.ids[token_of[row]] for m, v in found.items() if token_of[row] in v.ids
+                    }
+                    have = {"m0": have["m0"]} if "m0" in have else have
+                    assert {m: int(i[row]) for m, i in others.items() if i[row] >= 0} == have
+            else:
+                free = len(found[name].ids) <= row < sizes[name]
+                assert own == (row if free else -1)
+
+
+def test_vocabularies_of_real_size_take_no_time(models, tmp_path):
+    many = [f"t{n}" for n in range(100_000)]
+    for name, tokens in (("base", many), ("two", many[::-1])):
+        write_tokenizer(tmp_path / name, tokens)
+    base, two = (read_vocabulary(tmp_path / name, name) for name in ("base", "two"))
+    target = unite([base, two])
+    found = align(
+        target, 100_000, {"base": base, "two": two}, {"base": 100_000, "two": 100_000}, "base"
+    )
+    assert found["base"].is_identity
+    assert torch.equal(found["two"].own, torch.arange(99_999, -1, -1))
