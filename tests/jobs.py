@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import multiprocessing
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.checkpoint import Checkpoint
-from fastmerge.jobs import blocks, engine, store
+from fastmerge.jobs import blocks, engine, store, work
 from fastmerge.jobs.plan import Output, Plan, Source
 from fastmerge.methods import Block, Method, TaskArithmetic, Ties
 
@@ -32,7 +33,7 @@ SHAPES = {
 class Slow(TaskArithmetic):
     """Task arithmetic that sleeps before every block."""
 
-    seconds = 0.02
+    seconds = 0.04
 
     def combine(self, block: Block, stats) -> Tensor:
         time.sleep(self.seconds)
@@ -43,7 +44,13 @@ def small_blocks(patch=setattr) -> None:
     """Cut even small tensors into many blocks, and commit often."""
     patch(blocks, "WORKING_BYTES", 1 << 12)
     patch(blocks, "LEAST_ENTRIES", 256)
+    patch(work, "LEAST_ENTRIES", 256)
     patch(store, "COMMIT_BYTES", 1 << 12)
+
+
+def quick_commits(patch=setattr) -> None:
+    """Do not wait for the disk: that matters to power failures, not to processes that die."""
+    patch(store.Writer, "sync", lambda self: None)
 
 
 def model(seed: int, dtype: torch.dtype = torch.float32, shapes=SHAPES) -> dict[str, Tensor]:
@@ -93,15 +100,33 @@ def hash_folder(folder: Path) -> str:
     return total.hexdigest()
 
 
-def main(folder: str, method: str) -> None:
-    """A job in a process of its own, to be killed or started by torchrun: resumes by itself."""
+def run_job(folder: Path, method: str, ranks: tuple[int, int, int] | None = None) -> None:
+    """A job in a process of its own: resumes by itself, verifies.
+
+    Args:
+        folder: where the models are; the output is `out` there.
+        method: "slow", "ties" or "ties each".
+        ranks: rank, number of processes and port, as torchrun would tell by the environment.
+    """
+    os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    if ranks is not None:
+        names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+        values = (*map(str, ranks), "127.0.0.1")
+        os.environ.update(zip(names, values, strict=True))
     small_blocks()
+    quick_commits()
     names = ["base", "expert0", "expert1", "expert2"]
     methods = {"slow": Slow(0.3), "ties": Ties(), "ties each": Ties(scope="tensor")}
-    root = Path(folder)
-    plan = make_plan({n: root / n for n in names}, methods[method], shard_bytes=30_000)
-    engine.run(plan, root / "out", resume=True, verify=True, threads=2)
+    plan = make_plan({n: folder / n for n in names}, methods[method], shard_bytes=30_000)
+    engine.run(plan, folder / "out", resume=True, verify=True, threads=2)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "fastmerge.jobs.engine"])
+
+
+def start_job(*arguments) -> multiprocessing.Process:
+    """`run_job` in a process of its own; torch is imported once for all of them."""
+    process = PROCESSES.Process(target=run_job, args=arguments)
+    process.start()
+    return process

@@ -186,7 +186,13 @@ class Work:
             number: which phase; None for each tensor's last.
             totals: {id of a group: its measurement}, for phases that measure.
         """
-        sizes = [sum((p[2] - p[1]) * self._cuts[p[0]].rows for p in task) for task in tasks]
+        sizes = [
+            sum(
+                self._cuts[i].entries // max(self._cuts[i].count, 1) * (stop - start)
+                for i, start, stop in task
+            )
+            for task in tasks
+        ]
         small = sum(sizes) // LARGE_SHARE
         order = sorted(range(len(tasks)), key=lambda i: sizes[i] <= small)
         ahead = [*order[self._options.threads :], *[None] * self._options.threads]
