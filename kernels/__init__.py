@@ -56,14 +56,15 @@ def _shared_memory_refusal(
     x, base, delta = next(iter(tensors.values())), tensors.get("base"), deltas[0]
     rows, base_dtype = x.shape[:-1].numel(), delta.dtype if base is None else base.dtype
     capability, limit = device_limits(x.device)
+    aligned = is_aligned(*(t for t in (x, base) if t is not None), *deltas)
     try:
         if function == "linear_coefficient_grad":
-            module.configurations(*delta.shape, x.dtype, delta.dtype, limit)
+            module.configurations(*delta.shape, x.dtype, delta.dtype, aligned, limit)
         elif function.startswith("row_linear"):
-            module.configurations(rows, x.dtype, base_dtype, delta.dtype, is_aligned(delta), limit)
+            module.configurations(rows, x.dtype, base_dtype, delta.dtype, aligned, limit)
         else:
             dtypes = x.dtype, base_dtype, delta.dtype
-            module.configurations(rows, *dtypes, len(deltas), is_aligned(delta), capability, limit)
+            module.configurations(rows, *dtypes, len(deltas), aligned, capability, limit)
     except RuntimeError as error:
         return str(error)
     return None

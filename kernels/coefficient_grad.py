@@ -16,12 +16,14 @@ from torch import Tensor
 
 from .launching import (
     Config,
+    by_rows,
     cdiv,
     check,
     check_deltas,
     check_shape,
     choose,
     device_limits,
+    is_aligned,
     like_layout,
     on_device,
     power_of_two,
@@ -93,11 +95,13 @@ STAGES = (3, 2, 4)
 
 
 def tile(
-    outer: int, inner: int, dtype: torch.dtype, delta_dtype: torch.dtype
+    outer: int, inner: int, dtype: torch.dtype, delta_dtype: torch.dtype, aligned: bool
 ) -> tuple[int, int, int, int]:
-    """(out, inner, rows a step, warps): a rule of shape and dtypes, as it orders the sums."""
-    # Odd shapes are read element by element, which takes an address for each.
-    if dtype == torch.float32 or outer % 16 or inner % 16:
+    """(out, inner, rows a step, warps): a rule of shape and dtypes, as it orders the sums.
+
+    What is not `aligned` is read element by element, which takes an address for each.
+    """
+    if dtype == torch.float32 or not aligned:
         return 64, 64, 32, 8
     if min(outer, inner) <= 64:
         return 64, 64, 64, 4
@@ -118,14 +122,19 @@ def needed_shared_memory(config: Config, item_bytes: int) -> int:
 
 
 def configurations(
-    outer: int, inner: int, dtype: torch.dtype, delta_dtype: torch.dtype, limit: int
+    outer: int,
+    inner: int,
+    dtype: torch.dtype,
+    delta_dtype: torch.dtype,
+    aligned: bool,
+    limit: int,
 ) -> list[Config]:
     """Only the depth of the pipeline is left to measuring; `rows` is the tile's inner width.
 
     Raises:
         RuntimeError: the device has too little shared memory for the shallowest pipeline.
     """
-    block_o, block_i, block_r, warps = tile(outer, inner, dtype, delta_dtype)
+    block_o, block_i, block_r, warps = tile(outer, inner, dtype, delta_dtype, aligned)
     configs = [Config(block_o, block_i, block_r, warps, stages) for stages in STAGES]
     needed = {config: needed_shared_memory(config, dtype.itemsize) for config in configs}
     fitting = [config for config in configs if needed[config] <= limit]
@@ -172,9 +181,11 @@ def linear_coefficient_grad(
         raise RuntimeError(f"{op}: x is {x.dtype}, expected {dy.dtype} as dy")
     if 0 in (rows, outer, inner):
         return torch.zeros(len(deltas), dtype=torch.float32, device=dy.device)
+    left, right = by_rows(left), by_rows(right)
     origin, deltas = like_layout(deltas[0] if base is None else base, deltas)
-    _, limit = device_limits(dy.device)
-    configs = configurations(outer, inner, dy.dtype, deltas[0].dtype, limit)
+    aligned = is_aligned(left, right, origin, *deltas)
+    limit = device_limits(dy.device)[1]
+    configs = configurations(outer, inner, dy.dtype, deltas[0].dtype, aligned, limit)
     tiles = cdiv(outer, configs[0].out) * cdiv(inner, configs[0].rows)
     share = row_share(rows, tiles, configs[0].inner)
     grid = tiles, cdiv(rows, share)

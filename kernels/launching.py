@@ -14,6 +14,7 @@ from torch import Tensor
 MAX_EXPERTS = 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
+MAX_REGISTERS = 255  # of a thread, in every architecture
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_LIMITS = (9, 232448)  # an interpreted launch takes sm_90's configurations
 
@@ -36,7 +37,8 @@ class Config:
 
     @property
     def launch(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        # Left to itself, the assembler spills a few registers to reach a rounder number of them.
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": MAX_REGISTERS}
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -125,21 +127,32 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 
 def like_layout(base: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Base and deltas with one common pair of strides; copies only what differs.
-
-    The layout of the first delta wins, so that a base alone is copied and not K deltas.
-    """
+    """Base and deltas with one common pair of strides, one of them 1; copies only what differs."""
     stride = deltas[0].stride()
-    if all(t.stride() == stride for t in (base, *deltas)):
+    if 1 in stride and all(t.stride() == stride for t in (base, *deltas)):
         return base, tuple(deltas)
     return base.contiguous(), tuple(t.contiguous() for t in deltas)
 
 
-def is_aligned(weight: Tensor) -> bool:
-    """Whether a matrix can be copied 16 bytes at a time, judged by its shape and strides."""
+def by_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if neighbours in a row are neighbours in memory, else a copy that is so."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether all matrices can be copied 16 bytes at a time, judged by shape, strides and offset.
+
+    Of 16 elements rather than bytes, which is what Triton looks for.
+    """
+    return all(map(_is_aligned, matrices))
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    if matrix.storage_offset() * matrix.element_size() % 16:
+        return False
     for contiguous, other in ((1, 0), (0, 1)):
-        if weight.stride(contiguous) == 1:
-            return weight.shape[contiguous] % 16 == 0 and weight.stride(other) % 16 == 0
+        if matrix.stride(contiguous) == 1:
+            return matrix.shape[contiguous] % 16 == 0 and matrix.stride(other) % 16 == 0
     return False
 
 

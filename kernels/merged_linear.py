@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .launching import (
     Config,
+    by_rows,
     cdiv,
     check,
     check_deltas,
@@ -50,6 +51,7 @@ def _merged_linear_kernel(
     stride_wo,
     stride_wi,
     COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,7 +74,7 @@ def _merged_linear_kernel(
         w_mask = (o[:, None] < outer) & (i[None, :] < inner)
         x_mask = (i[:, None] < inner) & (r[None, :] < rows)
         merged = merged_tile(
-            base_ptr, delta_ptrs, coefficients_ptr, w_offsets, w_mask, COUNT, EXPERTS
+            base_ptr, delta_ptrs, coefficients_ptr, w_offsets, w_mask, COUNT, GROUP, EXPERTS
         )
         x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
         accumulator = tl.dot(merged.to(x.dtype), x, accumulator, input_precision=PRECISION)
@@ -103,14 +105,17 @@ MMA_TILES = {
 }
 FP32_TILES = {
     16: ((64, 16, 4, 2), (64, 16, 8, 2)),
-    32: ((64, 32, 4, 2), (64, 32, 8, 2)),
+    32: ((64, 32, 8, 2),),
     64: ((64, 64, 8, 2),),
     128: ((64, 64, 8, 2),),
 }
 WGMMA_CAPABILITIES = (9, 10)
-# More experts, and their addresses outgrow the registers beside more sums a thread than these.
-WIDE_TILE_EXPERTS = 16
+# More sums a thread than these leave registers only for 16-bit weights of so many experts.
 WIDE_TILE_SUMS = 32
+WIDE_TILE_EXPERTS = 16
+# Where every element takes an address: experts read at once, and activation rows of a tile.
+UNALIGNED_GROUP = 2
+UNALIGNED_ROWS = 32
 SPLIT_ROWS = 64  # more rows than these fill the GPU without splitting
 WANTED_PROGRAMS = 256
 MAX_SPLITS = 16
@@ -118,16 +123,21 @@ MIN_STEPS = 4
 
 
 def needed_shared_memory(config: Config, x_bytes: int, base_bytes: int, delta_bytes: int) -> int:
-    """Upper bound of a block's shared memory; `delta_bytes`: item sizes of all K deltas summed."""
+    """Upper bound of a block's shared memory; `delta_bytes`: of one entry of a group of deltas."""
     in_flight = (base_bytes + delta_bytes) * (config.stages - 1) + max(base_bytes, x_bytes)
     weights = config.out * config.inner * in_flight
     return weights + config.stages * config.inner * config.rows * x_bytes
 
 
+def expert_group(count: int, aligned: bool) -> int:
+    """Experts whose tiles are read at once."""
+    return count if aligned else min(count, UNALIGNED_GROUP)
+
+
 def inner_block(x_bytes: int, weight_bytes: int, count: int, aligned: bool) -> int:
     """Columns merged per step: the more experts, the narrower, to bound registers and memory.
 
-    Weights that are not `aligned` arrive element by element, which takes an address for each.
+    What is not `aligned` arrives element by element, which takes an address for each.
     """
     if not aligned:
         return 16
@@ -148,25 +158,27 @@ def configurations(
     """The configurations to choose from, best guess first; all write the same bytes.
 
     Args:
-        aligned: whether the weights can be copied 16 bytes at a time, see `is_aligned`.
+        aligned: whether weights and x can be copied 16 bytes at a time, see `is_aligned`.
         capability: major compute capability of the device.
         limit: bytes of shared memory a block may use there.
 
     Raises:
         RuntimeError: the device has too little shared memory for the smallest tile.
     """
-    sizes = x_dtype.itemsize, base_dtype.itemsize, delta_dtype.itemsize * count
+    in_flight = expert_group(count, aligned) * delta_dtype.itemsize
+    sizes = x_dtype.itemsize, base_dtype.itemsize, in_flight
     weight_bytes = max(base_dtype.itemsize, delta_dtype.itemsize)
     inner = inner_block(x_dtype.itemsize, weight_bytes, count, aligned)
     width = min(128, max(16, power_of_two(rows)))
     tiles = WGMMA_TILES if capability in WGMMA_CAPABILITIES else MMA_TILES
     tiles = FP32_TILES if x_dtype == torch.float32 else tiles
-    table = tiles[width] if aligned else ((64, min(64, width), 8, 2),)
+    table = tiles[width] if aligned else ((64, min(UNALIGNED_ROWS, width), 8, 2),)
     configs = []
     for out, width, warps, stages in table:
         # Eight warps would copy a merged tile this small in pieces of less than 16 bytes.
         warps = 4 if aligned and out * inner * sizes[1] == 64 * 16 * 2 else warps
-        if count <= WIDE_TILE_EXPERTS or out * width <= 32 * warps * WIDE_TILE_SUMS:
+        narrow = out * width <= 32 * warps * WIDE_TILE_SUMS
+        if narrow or (count <= WIDE_TILE_EXPERTS and weight_bytes == 2):
             configs.append(Config(out, width, inner, warps, stages))
     needed = {config: needed_shared_memory(config, *sizes) for config in configs}
     fitting = [config for config, size in needed.items() if size <= limit]
@@ -194,11 +206,14 @@ def _launch(op, x, base, deltas, coefficients, bias, experts, transpose, tf32):
     check_shape(op, "x", x, [rows, inner])
     check_shape(op, "bias", bias, [outer])
     dtypes = x.dtype, base.dtype, deltas[0].dtype
-    configs = configurations(rows, *dtypes, len(deltas), is_aligned(base), *device_limits(x.device))
+    x = by_rows(x)
+    base, deltas = like_layout(base, deltas)
+    aligned = is_aligned(x, base, *deltas)
+    configs = configurations(rows, *dtypes, len(deltas), aligned, *device_limits(x.device))
+    group = expert_group(len(deltas), aligned)
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y
-    base, deltas = like_layout(base, deltas)
     stride_o, stride_i = reversed(base.stride()) if transpose else base.stride()
     splits = split_count(rows, inner, outer, configs[0].inner)
     steps = cdiv(cdiv(inner, configs[0].inner), splits)
@@ -225,6 +240,7 @@ def _launch(op, x, base, deltas, coefficients, bias, experts, transpose, tf32):
             stride_o,
             stride_i,
             COUNT=len(deltas),
+            GROUP=group,
             EXPERTS=experts,
             HAS_BIAS=fused_bias is not None,
             PRECISION="tf32" if tf32 else "ieee",

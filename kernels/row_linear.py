@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .launching import (
     Config,
+    by_rows,
     cdiv,
     check,
     check_deltas,
@@ -159,28 +160,25 @@ def _row_linear_kernel(
     tl.store(y_ptr + y_offsets, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-# A shallower fp32 pipeline makes the compiler halve the registers, and spill.
-STAGES = {2: (3, 2), 4: (3,)}
+STAGES = (3, 2)
 
 
-def tile(
-    rows: int, dtype: torch.dtype, delta_dtype: torch.dtype, aligned: bool
-) -> tuple[int, int, int, int]:
+def tile(rows: int, x_bytes: int, weight_bytes: int, aligned: bool) -> tuple[int, int, int, int]:
     """(out, rows, inner, warps): a rule of row count and dtypes, as it orders the row dots.
 
-    Weights that are not `aligned` are read element by element, which takes an address for each.
+    What is not `aligned` is read element by element, which takes an address for each.
     """
     width = min(64, max(16, power_of_two(rows)))
-    if dtype == torch.float32 or not aligned:
-        return 64, width, 16, 8
-    if rows > 512 and delta_dtype != torch.float32:
+    if x_bytes == 4 or not aligned:
+        return 64, min(32, width), 16, 8
+    if rows > 512 and weight_bytes == 2:
         return 128, 64, 32, 8
-    return 64, width, 64, 8 if width == 64 else 4
+    return 64, width, 64, 8 if width == 64 or weight_bytes == 4 else 4
 
 
 def needed_shared_memory(config: Config, x_bytes: int, weight_bytes: int) -> int:
     """Upper bound of a block's shared memory; `weight_bytes`: delta, and base under experts."""
-    weights = config.out * (config.stages - 1) * weight_bytes
+    weights = config.out * ((config.stages - 1) * weight_bytes + x_bytes)
     inputs = config.inner * (weights + config.rows * config.stages * x_bytes)
     return max(inputs, config.out * config.rows * 4)
 
@@ -198,9 +196,10 @@ def configurations(
     Raises:
         RuntimeError: the device has too little shared memory for the shallowest pipeline.
     """
-    out, width, inner, warps = tile(rows, x_dtype, delta_dtype, aligned)
-    sizes = x_dtype.itemsize, base_dtype.itemsize + delta_dtype.itemsize
-    configs = [Config(out, width, inner, warps, stages) for stages in STAGES[x_dtype.itemsize]]
+    weights = base_dtype.itemsize, delta_dtype.itemsize
+    out, width, inner, warps = tile(rows, x_dtype.itemsize, max(weights), aligned)
+    sizes = x_dtype.itemsize, sum(weights)
+    configs = [Config(out, width, inner, warps, stages) for stages in STAGES]
     needed = {config: needed_shared_memory(config, *sizes) for config in configs}
     fitting = [config for config in configs if needed[config] <= limit]
     if not fitting:
@@ -222,12 +221,13 @@ def _launch(op, x, base, deltas, coefficients, bias, other, experts, transpose, 
     check_shape(op, "bias", bias, [outer])
     check_shape(op, "other", other, [rows, outer])
     dtypes = x.dtype, base.dtype, deltas[0].dtype
-    _, limit = device_limits(x.device)
-    configs = configurations(rows, *dtypes, is_aligned(base), limit)
+    x, other = by_rows(x), None if other is None else by_rows(other)
+    base, deltas = like_layout(base, deltas)
+    aligned = is_aligned(x, base, *deltas, *([] if other is None else [other]))
+    configs = configurations(rows, *dtypes, aligned, device_limits(x.device)[1])
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y, torch.zeros(rows, len(deltas), dtype=torch.float32, device=x.device)
-    base, deltas = like_layout(base, deltas)
     stride_o, stride_i = reversed(base.stride()) if transpose else base.stride()
     out_tiles = cdiv(outer, configs[0].out)
     dots = None

@@ -16,6 +16,15 @@ def task_vector_tile(base, delta_ptr, offsets, mask, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def nth_pointer(pointers, k, COUNT: tl.constexpr):
+    """pointers[k] for a k known only at run time, without a table in memory."""
+    chosen = pointers[0]
+    for j in tl.static_range(1, COUNT):
+        chosen = tl.where(k == j, pointers[j], chosen)
+    return chosen
+
+
+@triton.jit
 def merged_tile(
     base_ptr,
     delta_ptrs,
@@ -23,27 +32,27 @@ def merged_tile(
     offsets,
     mask,
     COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     """W = base + sum_k lambda_k tau_k for one tile, added in the order of k.
 
-    The multiply-add is spelled out, so its rounding is no choice of the compiler.
+    GROUP experts are read at once, whose tiles and addresses share the registers; with GROUP =
+    COUNT, all of them. The multiply-add is spelled out, so its rounding is no choice of the
+    compiler.
     """
     base = tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     merged = base
-    for k in tl.static_range(COUNT):
+    looped: tl.constexpr = COUNT // GROUP * GROUP if GROUP < COUNT else 0
+    for first in range(0, looped, GROUP):
+        for j in tl.static_range(GROUP):
+            delta_ptr = nth_pointer(delta_ptrs, first + j, looped)
+            tau = task_vector_tile(base, delta_ptr, offsets, mask, EXPERTS)
+            merged = tl.fma(tl.load(coefficients_ptr + first + j), tau, merged)
+    for k in tl.static_range(looped, COUNT):
         tau = task_vector_tile(base, delta_ptrs[k], offsets, mask, EXPERTS)
         merged = tl.fma(tl.load(coefficients_ptr + k), tau, merged)
     return merged
-
-
-@triton.jit
-def nth_pointer(pointers, k, COUNT: tl.constexpr):
-    """pointers[k] for a k known only at run time, without a table in memory."""
-    chosen = pointers[0]
-    for j in tl.static_range(1, COUNT):
-        chosen = tl.where(k == j, pointers[j], chosen)
-    return chosen
 
 
 @triton.jit

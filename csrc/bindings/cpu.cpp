@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "fastmerge/dtype.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 using fastmerge::cpu::block_count;
@@ -17,40 +17,7 @@ using fastmerge::cpu::kernels;
 
 namespace {
 
-using Addresses = std::vector<uintptr_t>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-std::vector<const void*> pointers(const Addresses& addresses) {
-  std::vector<const void*> result;
-  result.reserve(addresses.size());
-  for (uintptr_t address : addresses) result.push_back(pointer<const void>(address));
-  return result;
-}
-
-std::vector<void*> mutable_pointers(const Addresses& addresses) {
-  std::vector<void*> result;
-  result.reserve(addresses.size());
-  for (uintptr_t address : addresses) result.push_back(pointer<void>(address));
-  return result;
-}
-
-void expect_count(const char* name, size_t found, size_t expected) {
-  if (found != expected) {
-    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) +
-                                " pointers, found " + std::to_string(found));
-  }
-}
-
-void expect_dtype(const char* name, int dtype) {
-  if (dtype < fastmerge::kFloat32 || dtype > fastmerge::kBFloat16) {
-    throw std::invalid_argument(std::string(name) + ": expected dtype code 0, 1 or 2, found " +
-                                std::to_string(dtype));
-  }
-}
+using namespace fastmerge::bindings;
 
 std::vector<int64_t> first_blocks(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> first(sizes.size() + 1, 0);
@@ -157,9 +124,7 @@ void ties_merge(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, u
   expect_dtype("base_dtype", base_dtype);
   expect_dtype("delta_dtype", delta_dtype);
   expect_dtype("out_dtype", out_dtype);
-  if (merge < 0 || merge > 2) {
-    throw std::invalid_argument("merge: expected 0, 1 or 2, found " + std::to_string(merge));
-  }
+  expect_merge(merge);
   auto delta_pointers = pointers(deltas);
   py::gil_scoped_release release;
   kernels().ties_merge({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),

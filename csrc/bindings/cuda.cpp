@@ -9,12 +9,14 @@
 #include <string>
 #include <vector>
 
-#include "fastmerge/dtype.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 namespace cuda = fastmerge::cuda;
 
 namespace {
+
+using namespace fastmerge::bindings;
 
 std::string describe(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
@@ -70,41 +72,6 @@ std::string device_reason(int device) {
   cudaError_t error = fastmerge::cuda::has_device_code();
   cudaGetLastError();
   return error == cudaSuccess ? "" : describe(error);
-}
-
-using Addresses = std::vector<uintptr_t>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-std::vector<const void*> pointers(const Addresses& addresses) {
-  std::vector<const void*> result;
-  result.reserve(addresses.size());
-  for (uintptr_t address : addresses) result.push_back(pointer<const void>(address));
-  return result;
-}
-
-std::vector<void*> mutable_pointers(const Addresses& addresses) {
-  std::vector<void*> result;
-  result.reserve(addresses.size());
-  for (uintptr_t address : addresses) result.push_back(pointer<void>(address));
-  return result;
-}
-
-void expect_count(const char* name, size_t found, size_t expected) {
-  if (found != expected) {
-    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(expected) +
-                                " pointers, found " + std::to_string(found));
-  }
-}
-
-void expect_dtype(const char* name, int dtype) {
-  if (dtype < fastmerge::kFloat32 || dtype > fastmerge::kBFloat16) {
-    throw std::invalid_argument(std::string(name) + ": expected dtype code 0, 1 or 2, found " +
-                                std::to_string(dtype));
-  }
 }
 
 // Where a call runs.
@@ -225,9 +192,7 @@ void ties_merge(const Place& place, const Tensors& tensors, uintptr_t thresholds
                 int out_dtype, uintptr_t stats, int merge, float scaling, int majority,
                 bool add_base) {
   expect_dtype("out_dtype", out_dtype);
-  if (merge < 0 || merge > 2) {
-    throw std::invalid_argument("merge: expected 0, 1 or 2, found " + std::to_string(merge));
-  }
+  expect_merge(merge);
   py::gil_scoped_release release;
   place.run(cuda::ties_merge,
             cuda::TiesMergeParams{tensors.list(), pointer<const float>(thresholds),

@@ -44,11 +44,17 @@ __device__ __forceinline__ double fold(const Floats<kWidth>& lanes) {
   return sum[0];
 }
 
-// kCombine also writes the weighted sum; then K <= kGroup.
-template <int kDtype, bool kExperts, int kWidth, bool kCombine>
+// Deltas whose sums a thread holds at once, and the narrower vectors that leave registers for the
+// larger number.
+constexpr int kMostDots = 32;
+constexpr int kNarrowWidth = 2;
+
+// kCount deltas share one read of base and gradient; more take further reads. kCombine also writes
+// the weighted sum; then K <= kCount.
+template <int kDtype, bool kExperts, int kWidth, int kCount, bool kCombine>
 __global__ void __launch_bounds__(dot_threads(kWidth))
     dot_kernel(const __grid_constant__ TensorTable table) {
-  __shared__ double folded[kTiles][kGroup];
+  __shared__ double folded[kTiles][kCount];
   constexpr int kThreadsPerTile = kLanes / kWidth;
   const int tile = threadIdx.x / kThreadsPerTile, part = threadIdx.x % kThreadsPerTile;
   const int k = table.k;
@@ -56,41 +62,51 @@ __global__ void __launch_bounds__(dot_threads(kWidth))
     const int r = row_of(table, unit);
     const TableRow& row = table.rows[r];
     const void* const* deltas = table.deltas + r * k;
-    float coefficients[kGroup];
-    if (kCombine) load_scalars(coefficients, table.coefficients + row.index * k, 0, k);
+    const float* coefficients = table.coefficients + row.index * k;
     const int64_t block = unit - row.first_unit;
     const int64_t begin = block * kBlock + tile * kTile;
     const int64_t end = begin + kTile < row.size ? begin + kTile : row.size;
     double* partials = table.partials + (row.first_block + block) * k;
-    for (int first = 0; first < k; first += kGroup) {
-      Floats<kWidth> lanes[kGroup] = {};
+    for (int first = 0; first < k; first += kCount) {
+      Floats<kWidth> lanes[kCount] = {};
       for (int64_t i = begin + part * kWidth; i < end; i += kLanes) {
-        Bits<kWidth> bits[kGroup], base_bits = {};
+        Bits<kWidth> base_bits = {};
         Bits<kWidth> grad_bits = load_bits<kWidth>(row.grad, i, table.grad_dtype);
         if (kExperts || kCombine) base_bits = load_base<kWidth>(row.base, i, table.base_dtype);
-        load_group<kDtype>(bits, deltas, first, k, i);
-        Floats<kWidth> grad = to_floats(grad_bits, table.grad_dtype);
-        Floats<kWidth> base = to_floats(base_bits, table.base_dtype), sum = base;
+        Floats<kWidth> grad, base, sum;
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-          if (first + j >= k) continue;
+        for (int group = 0; group < kCount; group += kGroup) {
+          if (first + group >= k) continue;
+          Bits<kWidth> bits[kGroup];
+          float scalars[kGroup];
+          if (kCombine) load_scalars(scalars, coefficients, group, k);
+          load_group<kDtype>(bits, deltas, first + group, k, i);
+          if (group == 0) {
+            grad = to_floats(grad_bits, table.grad_dtype);
+            sum = base = to_floats(base_bits, table.base_dtype);
+          }
 #pragma unroll
-          for (int v = 0; v < kWidth; ++v) {
-            float tau = task_vector<kDtype, kExperts>(bits[j], base, v);
-            lanes[j].lane[v] = lanes[j].lane[v] + grad.lane[v] * tau;
-            if (kCombine) sum.lane[v] = sum.lane[v] + coefficients[j] * tau;
+          for (int j = 0; j < kGroup; ++j) {
+            if (first + group + j >= k) continue;
+#pragma unroll
+            for (int v = 0; v < kWidth; ++v) {
+              float tau = task_vector<kDtype, kExperts>(bits[j], base, v);
+              float& lane = lanes[group + j].lane[v];
+              lane = lane + grad.lane[v] * tau;
+              if (kCombine) sum.lane[v] = sum.lane[v] + scalars[j] * tau;
+            }
           }
         }
         if (kCombine) store(row.out, i, sum, table.out_dtype);
       }
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
+      for (int j = 0; j < kCount; ++j) {
         if (first + j >= k) continue;
         double sum = fold(lanes[j]);
         if (part == 0) folded[tile][j] = sum;
       }
       __syncthreads();
-      if (threadIdx.x < kGroup && first + int(threadIdx.x) < k) {
+      if (int(threadIdx.x) < kCount && first + int(threadIdx.x) < k) {
         double sum = 0.0;
         for (int t = 0; t < kTiles; ++t) sum += folded[t][threadIdx.x];
         partials[first + threadIdx.x] = sum;
@@ -128,9 +144,14 @@ cudaError_t launch_dots(const TensorList& list, const void* const* grads, void* 
   auto run = [&](const TensorTable& table, bool vectors) {
     auto launch_kernel = [&](auto dtype, auto experts, auto width) {
       constexpr int kDtype = decltype(dtype)::value, kWidth = decltype(width)::value;
+      constexpr int kNarrow = kWidth < kNarrowWidth ? kWidth : kNarrowWidth;
       constexpr bool kExperts = decltype(experts)::value;
-      return launch(dot_kernel<kDtype, kExperts, kWidth, kCombine>, table.units, most,
-                    dot_threads(kWidth), table, stream);
+      if (list.k <= kGroup) {
+        return launch(dot_kernel<kDtype, kExperts, kWidth, kGroup, kCombine>, table.units, most,
+                      dot_threads(kWidth), table, stream);
+      }
+      return launch(dot_kernel<kDtype, kExperts, kNarrow, kMostDots, kCombine>, table.units, most,
+                    dot_threads(kNarrow), table, stream);
     };
     cudaError_t error = with_source(list.delta_dtype, list.experts, vectors, launch_kernel);
     if (error != cudaSuccess) return error;

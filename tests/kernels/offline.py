@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel and configuration without a GPU and reads what the code needs.
+"""Compiles the Triton kernels without a GPU and reads what the code needs.
 
-`python tests/kernels/offline.py --part 0/2` prints one JSON line per case of that part;
-`--write` brings the resource table of docs/kernels.md up to date.
+From the top folder, `python -m tests.kernels.offline --write` brings the resource table of
+docs/kernels.md up to date; `--every` compiles all combinations, of which the tests take a sample
+(half an hour on two cores); `--part 0/2` prints one JSON line per case of that part.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,14 +28,12 @@ from fastmerge.kernels import (
     row_linear,
     softmax_entropy,
 )
-from fastmerge.kernels.launching import Config
 
-# Bytes of shared memory a block may use, by target (CUDA programming guide, technical
-# specifications per compute capability, less the 1 KiB that the system keeps).
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+from .cases import Case, cases, combinations, sample
+
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- resources: begin -->\n", "<!-- resources: end -->"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Axis, body and operand shape of a reduction in Triton's intermediate code.
@@ -44,38 +41,6 @@ REDUCTION = (
     r'"tt\.reduce"[^{]*<\{axis = (\d+) : i32\}>(.*?)tt\.reduce\.return.*?: \(tensor<([\dx]+)x'
 )
 ALIGNED = [["tt.divisibility", 16]]
-DEFAULTS = {"x": "bf16", "weights": "bf16", "count": 8, "precision": "ieee"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one configuration for one target; `form` names the variant."""
-
-    kernel: str
-    form: str
-    target: int
-    config: Config
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __getitem__(self, name: str) -> Any:
-        return dict(self.options).get(name, DEFAULTS[name])
-
-    @property
-    def name(self) -> str:
-        tile = f"{self.config.out}x{self.config.rows}x{self.config.inner}"
-        options = "".join(f" {value}" for value in self.inputs)
-        return (
-            f"{self.kernel} {self.form}{options} {tile} "
-            f"w{self.config.warps} s{self.config.stages} sm_{self.target}"
-        )
-
-    @property
-    def inputs(self) -> list[str]:
-        if self.kernel in ("partial_sums", "softmax_entropy"):
-            return [self["x"]]
-        dtypes = self["x"] if self["x"] == self["weights"] else f"{self['x']}/{self['weights']}"
-        dtypes += " tf32" if self["precision"] == "tf32" else ""
-        return [f"K={self['count']}", dtypes]
 
 
 @dataclass
@@ -87,6 +52,18 @@ class Launch:
     aligned: set[str]  # integers divisible by 16
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    unaligned: set[str] = field(default_factory=set)  # pointers
+
+    def laid_out(self, layout: str) -> Launch:
+        """The launch with sizes, strides and addresses of that layout."""
+        if layout == "odd":
+            self.aligned = set()
+        elif layout == "odd outer":
+            self.aligned = self.aligned - {"outer", "stride_or"}
+        elif layout == "offset":
+            self.unaligned = {"x_ptr", "left_ptr", "right_ptr", "other_ptr"}
+            self.unaligned |= {"base_ptr", "delta_ptrs"}
+        return self
 
 
 def _merged_linear(case: Case) -> Launch:
@@ -95,7 +72,7 @@ def _merged_linear(case: Case) -> Launch:
         merged_linear._merged_linear_kernel,
         {
             "x_ptr": case["x"],
-            "base_ptr": case["weights"],
+            "base_ptr": case["base"] or case["weights"],
             "delta_ptrs": (case["weights"],) * case["count"],
             "coefficients_ptr": "fp32",
             "bias_ptr": case["x"] if case.form == "forward" else None,
@@ -106,7 +83,8 @@ def _merged_linear(case: Case) -> Launch:
             "stride_xi": 1,
             contiguous: 1,
             "COUNT": case["count"],
-            "EXPERTS": True,
+            "GROUP": merged_linear.expert_group(case["count"], case.aligned),
+            "EXPERTS": case["experts"],
             "HAS_BIAS": case.form == "forward",
             "PRECISION": case["precision"],
             "BLOCK_O": case.config.out,
@@ -122,7 +100,7 @@ def _coefficient_grad(case: Case) -> Launch:
         {
             "left_ptr": case["x"],
             "right_ptr": case["x"],
-            "base_ptr": case["weights"],
+            "base_ptr": case["base"] or case["weights"],
             "delta_ptrs": (case["weights"],) * case["count"],
             "partials_ptr": "fp32",
         },
@@ -132,7 +110,7 @@ def _coefficient_grad(case: Case) -> Launch:
             "stride_ri": 1,
             "stride_wi": 1,
             "COUNT": case["count"],
-            "EXPERTS": case.form == "experts",
+            "EXPERTS": case["experts"],
             "PRECISION": case["precision"],
             "BLOCK_O": case.config.out,
             "BLOCK_I": case.config.rows,
@@ -148,7 +126,7 @@ def _row_linear(case: Case) -> Launch:
         row_linear._row_linear_kernel,
         {
             "x_ptr": case["x"],
-            "base_ptr": case["weights"],
+            "base_ptr": case["base"] or case["weights"],
             "delta_ptrs": (case["weights"],) * case["count"],
             "coefficients_ptr": "fp32",
             "bias_ptr": None if backward else case["x"],
@@ -162,7 +140,7 @@ def _row_linear(case: Case) -> Launch:
             "stride_oo": 1,
             contiguous: 1,
             "COUNT": case["count"],
-            "EXPERTS": True,
+            "EXPERTS": case["experts"],
             "HAS_BIAS": not backward,
             "HAS_DOTS": backward,
             "PRECISION": case["precision"],
@@ -203,106 +181,9 @@ LAUNCHES = {
 }
 
 
-def _variants(
-    kernel: str, form: str, target: int, configs: list[Config], options: dict[str, Any]
-) -> Iterator[Case]:
-    """All configurations for 8 experts in bf16, the first one for other inputs, to save time."""
-    for config in configs[:1] if options else configs:
-        yield Case(kernel, form, target, config, tuple(options.items()))
-
-
-def _merged_linear_cases(target: int) -> Iterator[Case]:
-    def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
-        values = DEFAULTS | options
-        weights, limit = DTYPES[values["weights"]], SHARED_MEMORY[target]
-        arguments = rows, DTYPES[values["x"]], weights, weights, values["count"], True
-        configs = merged_linear.configurations(*arguments, target // 10, limit)
-        yield from _variants("merged_linear", form, target, configs, options)
-
-    for rows in (16, 32, 64, 128):
-        yield from of("forward", rows)
-        yield from of("backward_x", rows)
-    for form in ("forward", "backward_x"):
-        yield from of(form, 128, x="fp32", weights="fp32")
-    for count in (1, 16, 32):
-        yield from of("forward", 128, count=count)
-    yield from of("backward_x", 16, count=32)
-    yield from of("forward", 64, count=32)
-    yield from of("forward", 64, x="fp16", weights="fp16")
-    yield from of("forward", 128, weights="fp32")
-    yield from of("forward", 16, x="fp32", weights="fp32")
-    if target != 120:  # too little shared memory there; test_support.py has the message
-        yield from of("forward", 64, x="fp32", weights="fp32", count=32)
-    yield from of("forward", 64, x="fp32", weights="fp32", precision="tf32")
-
-
-def _coefficient_grad_cases(target: int) -> Iterator[Case]:
-    def of(form: str, outer: int, **options: Any) -> Iterator[Case]:
-        values = DEFAULTS | options
-        dtypes = DTYPES[values["x"]], DTYPES[values["weights"]]
-        configs = coefficient_grad.configurations(outer, 1024, *dtypes, SHARED_MEMORY[target])
-        yield from _variants("coefficient_grad", form, target, configs, options)
-
-    yield from of("experts", 1024)
-    yield from of("task vectors", 1024)
-    yield from of("experts", 64)
-    yield from of("experts", 1024, count=32)
-    yield from of("experts", 1024, weights="fp32")
-    yield from of("experts", 1024, x="fp32", weights="fp32")
-    yield from of("experts", 1024, x="fp32", weights="fp32", precision="tf32")
-
-
-def _row_linear_cases(target: int) -> Iterator[Case]:
-    def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
-        values = DEFAULTS | options
-        weights = DTYPES[values["weights"]]
-        arguments = rows, DTYPES[values["x"]], weights, weights, True, SHARED_MEMORY[target]
-        configs = row_linear.configurations(*arguments)
-        yield from _variants("row_linear", form, target, configs, options)
-
-    for form in ("forward", "backward"):
-        for rows in (16, 32, 64, 1024):
-            yield from of(form, rows)
-        yield from of(form, 64, x="fp32", weights="fp32")
-    yield from of("backward", 64, count=32)
-    yield from of("backward", 1024, weights="fp32")
-    yield from of("backward", 64, x="fp32", weights="fp32", precision="tf32")
-
-
-def _streaming_cases(target: int) -> Iterator[Case]:
-    for form in ("forward", "backward"):
-        for config in softmax_entropy.configurations(4096):
-            yield Case("softmax_entropy", form, target, config)
-    yield from (
-        Case("softmax_entropy", "forward", target, config, (("x", "fp32"),))
-        for config in softmax_entropy.configurations(10)[:1]
-    )
-    for form, parts, width in (("plain", 1024, 8), ("bias", 4, 4096)):
-        block_width, block_parts = partial_sums.blocks(parts, width)
-        config = Config(block_width, block_parts, 1, 4, 2)
-        yield Case("partial_sums", form, target, config, (("x", "fp32"),))
-
-
-def cases() -> list[Case]:
-    """Every case, once: the full lists for sm_80 and sm_90, one per form for newer targets."""
-    every: dict[str, Case] = {}
-    for target in SHARED_MEMORY:
-        newer: dict[tuple[str, str], Case] = {}
-        generators = (
-            _merged_linear_cases,
-            _coefficient_grad_cases,
-            _row_linear_cases,
-            _streaming_cases,
-        )
-        for case in (case for generate in generators for case in generate(target)):
-            if target <= 90 or (newer.setdefault((case.kernel, case.form), case) is case):
-                every[case.name] = case
-    return list(every.values())
-
-
 def measure(case: Case) -> dict[str, Any]:
     """Compile one case and count registers, spills, shared memory and matrix instructions."""
-    launch = LAUNCHES[case.kernel](case)
+    launch = LAUNCHES[case.kernel](case).laid_out(case["layout"])
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     constants = dict(launch.constants)
@@ -310,10 +191,12 @@ def measure(case: Case) -> dict[str, Any]:
         pointer = launch.pointers.get(name)
         if isinstance(pointer, tuple):
             signature[name] = tuple(f"*{dtype}" for dtype in pointer)
-            attributes |= {(index, k): ALIGNED for k in range(len(pointer))}
+            aligned = () if name in launch.unaligned else range(len(pointer))
+            attributes |= {(index, k): ALIGNED for k in aligned}
         elif pointer is not None:
             signature[name] = f"*{pointer}"
-            attributes[(index,)] = ALIGNED
+            if name not in launch.unaligned:
+                attributes[(index,)] = ALIGNED
         elif name in constants or name in launch.pointers:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
@@ -360,12 +243,11 @@ def read(compiled: Any) -> dict[str, Any]:
 
 
 def measure_all(processes: int = 2) -> dict[str, dict[str, Any]]:
-    """Resources of every case by its name, measured in parallel processes."""
+    """Resources of the table's cases and the sample by name, measured in parallel processes."""
+    command = [sys.executable, "-m", "tests.kernels.offline", "--part"]
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, "--part", f"{part}/{processes}"],
-            stdout=subprocess.PIPE,
-            text=True,
+            [*command, f"{part}/{processes}"], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         for part in range(processes)
     ]
@@ -402,17 +284,22 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", help="I/N: print the resources of every N-th case from the I-th")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th")
+    parser.add_argument("--every", action="store_true", help="all combinations; print what spills")
     parser.add_argument("--write", action="store_true", help="rewrite the table of docs/kernels.md")
     arguments = parser.parse_args()
     if arguments.write:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(before + BEGIN + table(measure_all()) + END + rest.partition(END)[2])
         return
-    part, parts = map(int, (arguments.part or "0/1").split("/"))
-    for case in cases()[part::parts]:
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = combinations() if arguments.every else list(dict.fromkeys([*cases(), *sample()]))
+    for case in chosen[part::parts]:
         line = {"name": case.name, "resources": measure(case)}
-        print(json.dumps(line), flush=True)
+        if not arguments.every or line["resources"]["spilled"]:
+            print(json.dumps(line), flush=True)
+    if arguments.every:
+        print(f"compiled {len(chosen[part::parts])} of {len(chosen)} combinations")
 
 
 if __name__ == "__main__":

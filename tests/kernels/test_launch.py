@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 from fastmerge import kernels
 from fastmerge.kernels import launching
 
-from . import offline
+from . import cases, offline
 
 pytestmark = [
     pytest.mark.skipif(launching.INTERPRETED, reason="kernels loaded for the interpreter"),
@@ -43,7 +43,7 @@ def compiled(request, monkeypatch):
     monkeypatch.setattr(driver, "_active", stand_in)
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(launching, "INTERPRETED", True)
-    limits = request.param // 10, offline.SHARED_MEMORY[request.param]
+    limits = request.param // 10, cases.SHARED_MEMORY[request.param]
     monkeypatch.setattr(launching, "INTERPRETED_LIMITS", limits)
     return found
 

@@ -19,11 +19,11 @@ from fastmerge.kernels import (
     softmax_entropy,
 )
 
-from . import offline
+from . import cases, offline
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="kernels loaded for the interpreter")
 PINNED = triton.__version__ == "3.6.0"
-CASES = {case.name: case for case in offline.cases()}
+CASES = {case.name: case for case in [*cases.cases(), *cases.sample()]}
 # Tiles that feed a matrix instruction; fp32 without tf32 has none.
 MATRIX = [
     name
@@ -51,7 +51,7 @@ def each(names):
 @each(CASES)
 def test_fits_the_target(resources, name):
     case = CASES[name]
-    assert resources["shared"] <= offline.SHARED_MEMORY[case.target]
+    assert resources["shared"] <= cases.SHARED_MEMORY[case.target]
     assert resources["atomics"] == 0
     if case.target <= 90 and PINNED:
         assert resources["spilled"] == 0 and resources["registers"] <= 255, resources
@@ -69,7 +69,7 @@ def test_matrix_instructions(resources, name):
         assert resources["register_a"] == resources[kind], resources
 
 
-@each(name for name, case in CASES.items() if case.kernel == "merged_linear")
+@each(name for name, case in CASES.items() if case.kernel == "merged_linear" and case.aligned)
 def test_weights_arrive_in_copies_of_16_bytes(resources, name):
     case = CASES[name]
     tiles = case["count"] + 1
@@ -91,15 +91,15 @@ def test_a_wide_sum_is_seen(found):
     assert all(found[name]["widest_sum"] > 2 for name in names)
 
 
-def needed(case: offline.Case) -> int | None:
-    x, weight = (offline.DTYPES[case[name]].itemsize for name in ("x", "weights"))
+def needed(case: cases.Case) -> int | None:
+    x, base, delta = (dtype.itemsize for dtype in case.dtypes)
     if case.kernel == "merged_linear":
-        sizes = x, weight, weight * case["count"]
-        return merged_linear.needed_shared_memory(case.config, *sizes)
+        in_flight = merged_linear.expert_group(case["count"], case.aligned)
+        return merged_linear.needed_shared_memory(case.config, x, base, delta * in_flight)
     if case.kernel == "coefficient_grad":
         return coefficient_grad.needed_shared_memory(case.config, x)
     if case.kernel == "row_linear":
-        return row_linear.needed_shared_memory(case.config, x, 2 * weight)
+        return row_linear.needed_shared_memory(case.config, x, base + delta)
     return None
 
 
@@ -113,7 +113,7 @@ def test_the_bound_on_shared_memory_holds(resources, name):
 def test_the_page_lists_these_resources(found):
     listed = offline.PAGE.read_text().partition(offline.BEGIN)[2].partition(offline.END)[0]
     assert listed == offline.table(found), (
-        "docs/kernels.md is out of date: python tests/kernels/offline.py --write"
+        "docs/kernels.md is out of date: python -m tests.kernels.offline --write"
     )
 
 
@@ -132,10 +132,12 @@ def test_configurations_never_change_the_order_of_a_sum(capability, limit):
                     arguments = rows, *dtypes, count, aligned, capability, limit
                     configs = merged_linear.configurations(*arguments)
                     assert 1 <= len(configs) <= 4 and len({c.inner for c in configs}) == 1
-                configs = row_linear.configurations(rows, *dtypes, True, limit)
-                assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
-            for outer in (10, 1000):
-                configs = coefficient_grad.configurations(outer, 1000, dtype, delta_dtype, limit)
+                for aligned in (False, True):
+                    configs = row_linear.configurations(rows, *dtypes, aligned, limit)
+                    assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
+            for outer, aligned in itertools.product((10, 1000), (False, True)):
+                arguments = outer, 1000, dtype, delta_dtype, aligned, limit
+                configs = coefficient_grad.configurations(*arguments)
                 assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
     for classes in (1, 10, 1000, 50000):
         assert len({c.out for c in softmax_entropy.configurations(classes)}) == 1

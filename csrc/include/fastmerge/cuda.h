@@ -62,7 +62,7 @@ struct CoefficientGradParams {
 };
 
 // outs and dots of the two kernels above; outs[l] may be bases[l] but not grads[l]. Reads its
-// inputs once for K <= 8 and twice for more.
+// inputs once for K <= 32 and twice for more.
 struct CombineAndDotParams {
   TensorList tensors;
   const float* coefficients;  // [L, K]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastmerge import use_backend
 from fastmerge.deltas import Dense, Experts
+from fastmerge.kernels import launching
 from fastmerge.kernels import merged_linear as module
 from fastmerge.ops import merged_linear
 
@@ -40,10 +41,11 @@ def test_exact(shape, transpose, dtype, device):
     assert torch.equal(dx, (dy.double() @ weight).to(dtype))
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 17, 32])
-def test_counts(count, device):
-    base, deltas = weights(whole, 5, 70, count, False, torch.bfloat16, device)
-    x = whole(3, 70, seed=2, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize("inner", [70, 64], ids=["odd", "aligned"])
+@pytest.mark.parametrize("count", [1, 2, 4, 9, 17, 32])
+def test_counts(count, inner, device):
+    base, deltas = weights(whole, 5, inner, count, False, torch.bfloat16, device)
+    x = whole(3, inner, seed=2, dtype=torch.bfloat16, device=device)
     lam = coefficients(count, device)
     y = module.merged_linear_forward(x, base, deltas, lam, None, False, False)
     truth = x.double() @ merged(base, deltas, lam, False, False).t()
@@ -63,6 +65,18 @@ def test_every_configuration(dtype, capability, rows, device, monkeypatch):
         monkeypatch.setattr(module, "choose", lambda key, configs, launch, config=config: config)
         y = module.merged_linear_forward(x, base, deltas, lam, None, True, False)
         assert torch.equal(y, truth), config
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+def test_groups_of_experts_keep_the_bytes(group, device, monkeypatch):
+    """However many experts are read at once, they are added in order."""
+    base, deltas = weights(normal, 20, 48, 9, False, torch.float32, device)
+    x = normal(4, 48, seed=2, dtype=torch.float32, device=device)
+    lam = normal(9, seed=5, dtype=torch.float32, device=device)
+    whole_group = module.merged_linear_forward(x, base, deltas, lam, None, True, False)
+    monkeypatch.setattr(module, "expert_group", lambda count, aligned: group)
+    grouped = module.merged_linear_forward(x, base, deltas, lam, None, True, False)
+    assert torch.equal(whole_group, grouped)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -104,6 +118,21 @@ def test_mixed_dtypes(device):
     y = module.merged_linear_forward(x, base, deltas, lam, bias, True, False)
     truth = F.linear(x.double(), merged(base, deltas, lam, True, False), bias.double())
     assert y.dtype == torch.bfloat16 and torch.equal(y, truth.bfloat16())
+
+
+def test_addresses_that_are_no_multiple_of_16(device):
+    """Slices of larger buffers go another way than whole tensors, to the same exact values."""
+
+    def shifted(*shape, seed, dtype, device):
+        buffer = torch.empty(shape[0] * shape[1] + 1, dtype=dtype, device=device)[1:]
+        return buffer.view(shape).copy_(whole(*shape, seed=seed, dtype=dtype, device=device))
+
+    base, deltas = weights(shifted, 32, 64, 6, False, torch.bfloat16, device)
+    lam = coefficients(6, device)
+    x = whole(9, 64, seed=2, dtype=torch.bfloat16, device=device)
+    assert not launching.is_aligned(base) and launching.is_aligned(x, base.clone())
+    y = module.merged_linear_forward(x, base, deltas, lam, None, True, False)
+    assert torch.equal(y, (x.double() @ merged(base, deltas, lam, True, False).t()).bfloat16())
 
 
 def test_strides(device):
