@@ -49,6 +49,8 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -c "import triton" 2>/dev/null \
 		|| $(BIN)/pip install --quiet --no-deps triton==3.6.0 \
 		|| echo "no triton for this platform: the tests of the Triton kernels are skipped"
+	$(BIN)/pip install --quiet --no-deps timm==1.0.31 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth \
+		|| echo "no timm and open_clip: the tests of their models are skipped"
 	$(BIN)/fastmerge info
 	touch $@
 

@@ -75,7 +75,7 @@ def load_checkpoint(
     check_same_tensors(coefficients.names, coefficients.shapes, names, shapes, str(path))
     expected = {
         "experts": (coefficients.experts, experts),
-        "parametrization": (coefficients.parametrization, about["parametrization"]),
+        "parametrization": (coefficients.parametrization, about.get("parametrization")),
         "tasks": (tasks, list(history["task_loss"])),
         "optimizer": (type(optimizer).__name__, about["optimizer"]),
         "shape of the coefficients": (list(coefficients.raw.shape), list(raw.shape)),

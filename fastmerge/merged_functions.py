@@ -101,14 +101,30 @@ def _slice(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
 
 @implements(torch.addmm)
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, out=None) -> Tensor:
-    """x W + bias with W stored as [I, O], the layout of GPT-2's Conv1D."""
+    """The layout of GPT-2's Conv1D: weights are [I, O]."""
     if not is_merged(mat2) or is_merged(mat1) or beta != 1 or alpha != 1 or out is not None:
         return NotImplemented
-    if input.dim() != 1:
+    return NotImplemented if input.dim() != 1 else _product(mat1, mat2, build(input))
+
+
+@implements(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+def _matmul(input: Tensor, other: Tensor, *, out=None) -> Tensor:
+    """x @ W, the layout of CLIP's projections: weights are [I, O]."""
+    if not is_merged(other) or is_merged(input) or other.base.dim() != 2 or out is not None:
         return NotImplemented
-    mat2.count("merged_linear")
-    x, bias, total = _autocast(mat1, mat2), build(input), None
-    for start, stop, base, deltas, row in mat2.chunks():
+    return NotImplemented if input.dim() == 0 else _product(input, other, None)
+
+
+@implements(torch.Tensor.__rmatmul__)
+def _rmatmul(weight: Tensor, input: Tensor) -> Tensor:
+    return _matmul(input, weight)
+
+
+def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """x W + bias with W [I, O]; the products of chunks with coefficients of their own add up."""
+    weight.count("merged_linear")
+    x, total = _autocast(x, weight), None
+    for start, stop, base, deltas, row in weight.chunks():
         y = ops.merged_linear(x[..., start:stop], base, deltas, row, bias, transpose=True)
         total, bias = y if total is None else total + y, None
     return total

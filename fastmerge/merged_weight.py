@@ -336,7 +336,7 @@ def _define_methods() -> None:
     They do what `__torch_function__` would; as Python functions, torch.compile can follow them.
     """
     looks = {f.__name__ for f in _METADATA if getattr(torch.Tensor, f.__name__, None) is f}
-    rows = {"narrow", "split", "chunk", "__getitem__"}
+    handled = {"narrow", "split", "chunk", "__getitem__", "__rmatmul__"}
 
     def method(name: str) -> Callable:
         if name in _REFUSED:
@@ -347,10 +347,11 @@ def _define_methods() -> None:
             return lambda self, *args, **kwargs: getattr(self.base, name)(*args, **kwargs)
         if name in _CONVERSIONS:
             return lambda self, *args, **kwargs: _convert(self, name, args, kwargs)
-        handler = HANDLERS[getattr(torch.Tensor, name)] if name in rows else None
+        handler = HANDLERS[getattr(torch.Tensor, name)] if name in handled else None
 
         def call(self, *args, **kwargs):
-            result = NotImplemented if handler is None else handler(self, *args, **kwargs)
+            able = handler is not None and not transforms_active()
+            result = handler(self, *args, **kwargs) if able else NotImplemented
             if result is not NotImplemented:
                 return result
             if name in _VIEWS and _writable():

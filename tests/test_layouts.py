@@ -7,65 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import fastmerge as fm
 
-from .plain import built_call, make_experts
-
-transformers = pytest.importorskip("transformers")
-
-
-def _clip():
-    config = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=12,
-        patch_size=4,
-        projection_dim=8,
-    )
-    inputs = {"pixel_values": torch.randn(3, 3, 12, 12, dtype=torch.float64)}
-    return transformers.CLIPVisionModelWithProjection(config), inputs, "pixel_values"
-
-
-def _bert():
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-    )
-    inputs = {
-        "inputs_embeds": torch.randn(3, 7, 16, dtype=torch.float64),
-        "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4]),
-    }
-    return transformers.BertModel(config), inputs, "inputs_embeds"
-
-
-def _gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, use_cache=False
-    )
-    inputs = {"inputs_embeds": torch.randn(2, 6, 16, dtype=torch.float64)}
-    return transformers.GPT2LMHeadModel(config), inputs, "inputs_embeds"
-
-
-def _llama():
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        use_cache=False,
-    )
-    inputs = {"inputs_embeds": torch.randn(2, 6, 16, dtype=torch.float64)}
-    return transformers.LlamaForCausalLM(config), inputs, "inputs_embeds"
+from .layouts import IDS, LAYOUTS, outputs, transformers
+from .plain import built_call, built_weights, make_experts
 
 
 def _minilm():
@@ -78,15 +25,26 @@ def _minilm():
         intermediate_size=1536,
         max_position_embeddings=32,
     )
-    inputs = {"inputs_embeds": torch.randn(4, 8, 384, dtype=torch.float64)}
-    return transformers.BertModel(config, add_pooling_layer=False), inputs, "inputs_embeds"
+    model = transformers.BertModel(config, add_pooling_layer=False).double().eval()
+    return model, {"inputs_embeds": torch.randn(4, 8, 384, dtype=torch.float64)}, "inputs_embeds"
 
 
-LAYOUTS = {"clip": _clip, "bert": _bert, "gpt2": _gpt2, "llama": _llama}
+def _gradients(forward, inputs, differentiable, leaves, probes):
+    """Loss and its gradients; `probes` weigh the outputs and are filled at the first call."""
+    x = inputs[differentiable].clone()
+    x = x.requires_grad_() if x.is_floating_point() else None
+    given = inputs if x is None else inputs | {differentiable: x}
+    found = outputs(forward(**given))
+    if not probes:
+        probes.extend(torch.randn_like(y) for y in found)
+    loss = sum((y * p).sum() for y, p in zip(found, probes, strict=True))
+    return [loss, *torch.autograd.grad(loss, [*leaves, *([] if x is None else [x])])]
 
 
-def _first_tensor(output) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
+def _assert_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -97,70 +55,134 @@ def _first_tensor(output) -> torch.Tensor:
 def test_gradients_equal_plain_autograd(layout, granularity):
     torch.manual_seed(0)
     model, inputs, differentiable = (LAYOUTS | {"minilm": _minilm})[layout]()
-    model = model.double().eval()
     experts = make_experts(model, 3)
     plain = copy.deepcopy(model)
     init = 0.3 + 0.1 * torch.rand(3)
     coefficients = fm.attach(model, experts, granularity=granularity, init=init).double()
-    probe = None
-
-    def loss_and_gradients(forward, leaves):
-        nonlocal probe
-        x = inputs[differentiable].clone().requires_grad_()
-        y = _first_tensor(forward(**(inputs | {differentiable: x})))
-        probe = torch.randn_like(y) if probe is None else probe
-        loss = (y * probe).sum()
-        return loss, torch.autograd.grad(loss, [x, *leaves])
-
-    loss, gradients = loss_and_gradients(model, [coefficients.raw])
+    probes = []
+    ours = _gradients(model, inputs, differentiable, [coefficients.raw], probes)
     raw = coefficients.raw.detach().clone().requires_grad_()
-    matrix = raw[coefficients.rows]
     assert list(dict(plain.named_parameters())) == coefficients.names
-    built_loss, built = built_call(
-        plain, experts, matrix, lambda forward: loss_and_gradients(forward, [raw])
+    theirs = built_call(
+        plain,
+        experts,
+        raw[coefficients.rows],
+        lambda forward: _gradients(forward, inputs, differentiable, [raw], probes),
     )
-    torch.testing.assert_close(loss, built_loss, rtol=1e-11, atol=1e-11)
-    for ours, theirs in zip(gradients, built, strict=True):
-        assert theirs.abs().max() > 0
-        scale = theirs.abs().max().item()
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * scale)
+    _assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("layout", ["bert", "gpt2", "llama"])
+TOKENS = {
+    "bert": ("input_ids",),
+    "distilbert": ("input_ids",),
+    "gpt2": ("input_ids",),
+    "llama": ("input_ids",),
+    "qwen2": ("input_ids",),
+    "t5": ("input_ids", "decoder_input_ids"),
+}
+TABLES = ("word_embeddings.weight", "wte.weight", "embed_tokens.weight", "shared.weight")
+TIED = ("distilbert", "gpt2", "qwen2", "t5")
+
+
+@pytest.mark.parametrize("layout", TOKENS)
 def test_token_ids(layout):
-    """Embeddings combined row by row, the padding row without gradient, tied heads."""
+    """Embeddings combined row by row, the padding row without gradient; tied heads add theirs."""
     torch.manual_seed(1)
     model, _, _ = LAYOUTS[layout]()
-    model = model.double().eval()
     experts = make_experts(model, 2)
     plain = copy.deepcopy(model)
     coefficients = fm.attach(model, experts).double()
-    ids = torch.tensor([[3, 7, 7, 0, 0], [11, 49, 2, 5, 0]])
-
-    def loss(forward):
-        y = _first_tensor(forward(input_ids=ids))
-        return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
-
-    (ours,) = torch.autograd.grad(loss(model), [coefficients.raw])
+    inputs = dict.fromkeys(TOKENS[layout], torch.tensor(IDS))
+    probes = []
+    ours = _gradients(model, inputs, "input_ids", [coefficients.raw], probes)
     raw = coefficients.raw.detach().clone().requires_grad_()
-    (theirs,) = torch.autograd.grad(built_call(plain, experts, raw, loss), [raw])
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * theirs.abs().max().item())
+    theirs = built_call(
+        plain, experts, raw, lambda f: _gradients(f, inputs, "input_ids", [raw], probes)
+    )
+    _assert_close(ours, theirs)
     uses = {name: use for name, use, _ in fm.coverage(model)}
-    table = next(n for n in uses if any(word in n for word in ("word_embeddings", "wte", "embed")))
-    assert uses[table].get("rows") == 1
+    (table,) = (name for name in uses if name.endswith(TABLES))
+    expected = {"rows": len(inputs), **({"merged_linear": 1} if layout in TIED else {})}
+    assert uses[table] == expected
 
 
-def test_nothing_large_is_built():
-    """Linear layers, Conv1D and patch embeddings never become a built weight."""
-    for layout in LAYOUTS:
-        model, inputs, _ = LAYOUTS[layout]()
-        model = model.double().eval()
-        fm.attach(model, make_experts(model, 2)).double()
-        model(**inputs)
-        for name, uses, _ in fm.coverage(model):
-            weight = dict(model.named_parameters())[name]
-            if weight.dim() >= 2 and "built" in uses:
-                assert "embedding" in name or "wpe" in name, (layout, name, uses)
+def test_gradients_of_tied_weights_add_up():
+    """The shared table's gradient is that of its rows plus that of the head."""
+    torch.manual_seed(2)
+    model, _, _ = LAYOUTS["gpt2"]()
+    experts = make_experts(model, 2)
+    plain = copy.deepcopy(model)
+    coefficients = fm.attach(model, experts).double()
+    index = coefficients.names.index("transformer.wte.weight")
+    ids = torch.tensor(IDS)
+    model(input_ids=ids)[0].square().sum().backward()
+    parts = []
+    for tied in ("transformer.wte.weight", "lm_head.weight"):
+        raw = coefficients.raw.detach().clone().requires_grad_()
+        weights = built_weights(
+            dict(plain.named_parameters()), [dict(e.named_parameters()) for e in experts], raw
+        )
+        table = weights.pop("transformer.wte.weight")
+        both = dict.fromkeys(("transformer.wte.weight", "lm_head.weight"), table.detach())
+        y = functional_call(plain, weights | both | {tied: table}, tie_weights=False,
+                            kwargs={"input_ids": ids})[0]  # fmt: skip
+        y.square().sum().backward()
+        parts.append(raw.grad[index])
+    assert all(part.abs().max() > 0 for part in parts)
+    torch.testing.assert_close(coefficients.raw.grad[index], parts[0] + parts[1])
+
+
+BUILT = {
+    "k > stride convolutions": ("encoder.conv1", "encoder.conv2", "dwconv", "embedder.embedder",
+                                "layer.1.convolution", "shortcut.convolution"),
+    "tables used whole": ("position_embedding", "embed_positions", "pos_embed", "token_type",
+                          "positional_embedding", "relative_attention_bias", "cls_token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_large_is_built(layout):
+    """Linear layers, Conv1D, projections, patch and 1 x 1 convolutions are never built."""
+    model, inputs, _ = LAYOUTS[layout]()
+    fm.attach(model, make_experts(model, 2)).double()
+    model(**inputs)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for name, uses, _ in fm.coverage(model):
+        if len(shapes[name]) >= 2 and "built" in uses:
+            assert any(part in name for parts in BUILT.values() for part in parts), (name, uses)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trimmed_task_vectors(layout):
+    """AdaMerging++: what TIES keeps of the whole model, and its gradients."""
+    torch.manual_seed(3)
+    model, inputs, differentiable = LAYOUTS[layout]()
+    experts = make_experts(model, 3)
+    plain = copy.deepcopy(model)
+    coefficients = fm.attach(model, experts, trim=dict(method="ties", density=0.25)).double()
+    names = coefficients.names
+    base = dict(plain.named_parameters())
+    taus = torch.stack(
+        [torch.cat([(dict(e.named_parameters())[n] - base[n]).flatten() for n in names])
+         for e in experts]
+    ).detach()  # fmt: skip
+    rank = taus.shape[1] - int(taus.shape[1] * 0.25)
+    kept = torch.where(taus.abs() >= taus.abs().kthvalue(rank, 1, keepdim=True).values, taus, 0)
+    kept = torch.where(kept * kept.sum(0).sign() > 0, kept, 0)
+    sizes = [base[n].numel() for n in names]
+    trimmed = [
+        {n: base[n] + t.view_as(base[n]) for n, t in zip(names, row.split(sizes), strict=True)}
+        for row in kept
+    ]
+    probes = []
+    ours = _gradients(model, inputs, differentiable, [coefficients.raw], probes)
+    raw = coefficients.raw.detach().clone().requires_grad_()
+    weights = built_weights(base, trimmed, raw)
+    theirs = _gradients(
+        lambda **given: functional_call(plain, weights, (), given),
+        inputs, differentiable, [raw], probes,
+    )  # fmt: skip
+    _assert_close(ours, theirs)
 
 
 class _Convolutions(nn.Module):
@@ -201,17 +223,51 @@ def test_convolutions_and_attention():
     assert uses["plain.weight"] == {"built": 1}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_with_a_weight_at_the_right():
+    """x @ W as CLIP's projections are written, in every spelling; W @ x gets a built copy."""
+    torch.manual_seed(4)
+    model = nn.Linear(6, 5, bias=False).double()
+    coefficients = fm.attach(model, make_experts(model, 2)).double()
+    weight, whole = model.weight, model.weight.combined()
+    for shape in ((5,), (3, 5), (2, 3, 5)):
+        x = torch.randn(*shape, dtype=torch.float64)
+        expected = x @ whole
+        (theirs,) = torch.autograd.grad(
+            expected.square().sum(), [coefficients.raw], retain_graph=True
+        )
+        spellings = [x @ weight, x.matmul(weight), torch.matmul(x, weight)]
+        spellings += [torch.mm(x, weight), x.mm(weight)] if len(shape) == 2 else []
+        for y in spellings:
+            torch.testing.assert_close(y, expected)
+            (ours,) = torch.autograd.grad(y.square().sum(), [coefficients.raw])
+            torch.testing.assert_close(ours, theirs)
+    ((_, uses, _),) = fm.coverage(model)
+    assert uses == {"merged_linear": 11, "built": 1}
+    y = torch.randn(6, 2, dtype=torch.float64)
+    torch.testing.assert_close(weight @ y, whole @ y)
+
+
+COMPILED = ("clip", "bert", "gpt2", "llama")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *COMPILED,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n not in COMPILED),
+    ],
+)
 def test_compile_without_graph_breaks(layout):
     torch.manual_seed(3)
     model, inputs, _ = LAYOUTS[layout]()
-    model = model.double().eval()
+    if layout == "gpt2":  # its table is also its head
+        inputs = {"input_ids": torch.tensor(IDS)}
     coefficients = fm.attach(model, make_experts(model, 2)).double()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def loss(forward):
-        return _first_tensor(forward(**inputs)).square().sum()
+        return sum(y.square().sum() for y in outputs(forward(**inputs)))
 
     for step in range(3):
         with torch.no_grad():
