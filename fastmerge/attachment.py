@@ -22,6 +22,7 @@ from .deltas import Deltas, Dense, Experts
 from .merged_weight import MergedWeight
 from .module_hooks import add_hooks, remove_hooks
 from .ops._library import as_task_vector
+from .sources import read_experts, read_tensors
 from .trimming import trim_deltas
 
 _RECORD = "_fastmerge_attachment"
@@ -134,7 +135,8 @@ def attach(
 
     Args:
         model: the base model.
-        experts: K fine-tuned models, as a list or {name: expert}: modules or state dicts with the
+        experts: K fine-tuned models, as a list or {name: expert}: modules, state dicts, or paths of
+            checkpoint folders, safetensors files (mapped, not loaded) or LoRA adapters, with the
             base's tensor names and shapes. They are kept by reference and must not change.
         granularity: "task", "layer", "block", "chunk" or custom groups, see `Coefficients`.
         chunks: for granularity "chunk": how many chunks of rows a tensor has.
@@ -182,8 +184,9 @@ def attach(
     chosen = {name: parameters[name] for name in names}
     buffers = dict(model.named_buffers())
     checked = chosen | {name: buffers[name] for name in statistics}
+    models = read_experts(experts, read_tensors(model, "base"))
     expert_names, tensors = check_models(
-        checked, experts, known=[*tied, *buffers], tied=tied, allow_nonfinite=allow_nonfinite
+        checked, models, known=[*tied, *buffers], tied=tied, allow_nonfinite=allow_nonfinite
     )
     bases = {name: chosen[name].detach().contiguous() for name in names}
     formats = _delta_formats(bases, {name: tensors[name] for name in names}, deltas, trim)

@@ -11,56 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ops._library import FLOAT_DTYPES
+from .sources import read_experts
 
 Patterns = str | Sequence[str] | Callable[[str], bool] | None
 
 STATISTICS = ("running_mean", "running_var")
-
-
-def read_tensors(model: Any, what: str) -> dict[str, Tensor]:
-    """Tensors of a module or state dict by name, detached and not copied.
-
-    Args:
-        model: module, or mapping from tensor name to tensor.
-        what: the model's name in error messages, for example "base".
-
-    Raises:
-        TypeError: neither of these, or an entry is not a tensor.
-    """
-    if isinstance(model, nn.Module):
-        return dict(model.state_dict())
-    if not isinstance(model, Mapping):
-        raise TypeError(f"{what}: expected a module or a state dict, got {type(model).__name__}")
-    for name, tensor in model.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{what}: entry {name!r} is {type(tensor).__name__}, expected a tensor")
-    return {name: tensor.detach() for name, tensor in model.items()}
-
-
-def read_experts(experts: Any) -> dict[str, dict[str, Tensor]]:
-    """Tensors of every expert, {expert name: {tensor name: tensor}}.
-
-    Args:
-        experts: {name: expert} or a list of experts, then called expert0, expert1, ...; each a
-            module or state dict.
-
-    Raises:
-        TypeError: not such a collection, or an expert is neither module nor state dict.
-        ValueError: there is no expert.
-    """
-    if isinstance(experts, Mapping):
-        if any(isinstance(value, Tensor) for value in experts.values()):
-            raise TypeError("experts: expected several experts, got one state dict; pass a list")
-        named = {str(name): expert for name, expert in experts.items()}
-    elif isinstance(experts, Sequence) and not isinstance(experts, (str, bytes)):
-        named = {f"expert{k}": expert for k, expert in enumerate(experts)}
-    else:
-        raise TypeError(
-            f"experts: expected a list of experts or {{name: expert}}, got {type(experts).__name__}"
-        )
-    if not named:
-        raise ValueError("experts is empty, expected K >= 1 experts")
-    return {name: read_tensors(expert, name) for name, expert in named.items()}
 
 
 def running_statistics(model: nn.Module | Mapping[str, Tensor]) -> list[str]:
@@ -165,7 +120,7 @@ def check_models(
         The K expert names, and for each name of `base` the K experts' tensors, of one dtype.
 
     Raises:
-        TypeError: experts are no collection of modules or state dicts.
+        TypeError: experts are no collection of models.
         ValueError: no experts; a missing or unknown tensor; wrong shape, dtype or device; meta,
             sparse or quantized tensors; NaN or Inf. Names expert and tensor.
     """

@@ -17,8 +17,6 @@ from .checking import (
     check_plain,
     is_selected,
     matches,
-    read_experts,
-    read_tensors,
     running_statistics,
     select_names,
     tied_names,
@@ -28,6 +26,7 @@ from .jobs.door import merge_folders
 from .merged_weight import MergedWeight
 from .methods import Block, Method, Weighted, make_method, run_passes
 from .ops._library import accumulate_dtype
+from .sources import read_experts, read_tensors
 
 
 def merge(
@@ -60,9 +59,9 @@ def merge(
 
     Args:
         base: module, state dict, or folder of a checkpoint.
-        experts: K models like base, as a list or {name: expert}: modules or state dicts, in any
-            floating-point dtype; folders if base is one, LoRA adapters in PEFT's format included.
-            They may lack, or differ in, tensors that are not merged.
+        experts: K models like base, as a list or {name: expert}: modules, state dicts or paths of
+            checkpoints or LoRA adapters (`fastmerge.sources`), in any floating-point dtype; folders
+            if base is one. They may lack, or differ in, tensors that are not merged.
         method: a name from `fastmerge.methods.METHODS`, or a `Method`. Either this or
             coefficients.
         coefficients: theta = theta_0 + sum_k lambda_k tau_k with learned or given lambda: a
@@ -125,7 +124,7 @@ def merge(
     if isinstance(base, nn.Module):
         _refuse_attached(base)
     originals = read_tensors(base, "base")
-    models = read_experts(experts)
+    models = read_experts(experts, originals)
     tied = tied_names(originals)
     others = {n for tensors in (originals, *models.values()) for n in tensors}
     for name, tensor in originals.items():

@@ -203,7 +203,7 @@ def test_other_functions_get_a_built_copy(net, experts):
     weight = net.layer.weight
     assert weight.shape == (6, 6) and weight.dtype == torch.float32 and weight.numel() == 36
     assert "MergedWeight('layer.weight'" in repr(weight)
-    (weight.t() @ weight).sum().backward()
+    (weight.t() * weight).sum().backward()
     assert coefficients.raw.grad[1].abs().max() > 0
     uses = {name: (use, size) for name, use, size in fm.coverage(net)}
     assert uses["layer.weight"] == ({"built": 2}, 36 * 4)

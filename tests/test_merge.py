@@ -286,8 +286,8 @@ REFUSED = {
     "a path": (lambda b, e: ("model.bin", [e]), ValueError, "checkpoint folders need out"),
     "an expert's path": (
         lambda b, e: (b, ["model.bin"]),
-        TypeError,
-        "expert0: expected a module or a state dict, got str",
+        ValueError,
+        "a pickle, which can run any code",
     ),
     "a string": (lambda b, e: (b, "models"), TypeError, "experts: expected a list"),
     "nothing to merge": (
