@@ -306,6 +306,211 @@ def ties_masks(
     return stats
 
 
+def magnitude_masks(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    masks: torch.Tensor,
+    offset: int,
+) -> None:
+    """Write which entries lie between two cuts of the order of magnitudes as packed bits.
+
+    Args:
+        base: given if deltas are fine-tuned weights.
+        deltas: K tensors of one size.
+        values, indices: fp32 and int64 [K, 2], the upper and the lower cut.
+        masks: uint8 [K, ceil(n / 8)].
+        offset: index of the first entry in the whole tensor.
+    """
+    deltas = _one_dtype(deltas)
+    cpu.magnitude_masks(
+        _address(base),
+        _addresses(deltas),
+        values.data_ptr(),
+        indices.data_ptr(),
+        masks.data_ptr(),
+        deltas[0].numel(),
+        offset,
+        _code([] if base is None else [base]),
+        _code(deltas),
+        base is not None,
+        torch.get_num_threads(),
+    )
+
+
+def random_masks(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    probabilities: torch.Tensor,
+    masks: torch.Tensor,
+    width: int,
+    key: int,
+    offset: int,
+) -> None:
+    """Write randomly kept entries as packed bits.
+
+    Args:
+        base: given if deltas are fine-tuned weights.
+        deltas: K tensors of one size.
+        probabilities: fp64 [K, 2], of the smallest and of the largest magnitude of a row.
+        masks: uint8 [K, ceil(n / 8)].
+        width: entries of one row.
+        key: 64 bits.
+        offset: index of the first entry in the whole tensor.
+    """
+    deltas = _one_dtype(deltas)
+    ranked = bool((probabilities[:, 0] != probabilities[:, 1]).any())
+    scratch = torch.empty(len(deltas) * (24 * width + 8) if ranked else 0, dtype=torch.uint8)
+    cpu.random_masks(
+        _address(base),
+        _addresses(deltas),
+        probabilities.data_ptr(),
+        masks.data_ptr(),
+        scratch.data_ptr(),
+        key % (1 << 64),
+        deltas[0].numel(),
+        offset,
+        width,
+        _code([] if base is None else [base]),
+        _code(deltas),
+        base is not None,
+        torch.get_num_threads(),
+    )
+
+
+def masked_merge(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    masks: torch.Tensor | None,
+    factors: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    experts: bool,
+    add_base: bool,
+    elect: bool,
+    normalize: bool,
+    least: float,
+    scaling: float,
+) -> None:
+    """Write the merge of masked task vectors into `out`, as `MaskedMergeParams` says.
+
+    Args:
+        base: needed with `experts` or `add_base`.
+        deltas: K tensors of one size.
+        masks: uint8 [1 or K, ceil(n / 8)], or None for all entries.
+        factors: fp32 [3, K]: votes, values and weights.
+        out: tensor of that size; may be base.
+    """
+    deltas = _one_dtype(deltas)
+    cpu.masked_merge(
+        _address(base),
+        _addresses(deltas),
+        _address(masks),
+        _mask_stride(masks),
+        factors.data_ptr(),
+        out.data_ptr(),
+        out.numel(),
+        _code([] if base is None else [base]),
+        _code(deltas),
+        _code([out]),
+        experts,
+        elect,
+        normalize,
+        add_base,
+        least,
+        scaling,
+        torch.get_num_threads(),
+    )
+
+
+def masked_sums(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    masks: torch.Tensor | None,
+    sums: torch.Tensor,
+    width: int,
+    square: bool,
+) -> None:
+    """Write the sums of |tau_k| or its square along rows, over all and over masked entries.
+
+    Args:
+        base: given if deltas are fine-tuned weights.
+        deltas: K tensors of one size.
+        masks: as in `masked_merge`.
+        sums: fp64 [rows, 2, K].
+        width: entries of one row.
+    """
+    deltas = _one_dtype(deltas)
+    cpu.masked_sums(
+        _address(base),
+        _addresses(deltas),
+        _address(masks),
+        _mask_stride(masks),
+        sums.data_ptr(),
+        deltas[0].numel(),
+        width,
+        _code([] if base is None else [base]),
+        _code(deltas),
+        base is not None,
+        square,
+        torch.get_num_threads(),
+    )
+
+
+def row_gram(
+    base: torch.Tensor | None, deltas: Sequence[torch.Tensor], gram: torch.Tensor, width: int
+) -> None:
+    """Write the inner products of all pairs of task vectors along rows.
+
+    Args:
+        base: given if deltas are fine-tuned weights.
+        deltas: K tensors of one size.
+        gram: fp64 [rows, K (K + 1) / 2], the upper triangle row by row.
+        width: entries of one row.
+    """
+    deltas = _one_dtype(deltas)
+    cpu.row_gram(
+        _address(base),
+        _addresses(deltas),
+        gram.data_ptr(),
+        deltas[0].numel(),
+        width,
+        _code([] if base is None else [base]),
+        _code(deltas),
+        base is not None,
+        torch.get_num_threads(),
+    )
+
+
+def exact_sums(values: torch.Tensor, limbs: torch.Tensor) -> None:
+    """Add the columns of values fp64 [rows, columns] to limbs int64 [columns, 67]."""
+    cpu.exact_sums(values.data_ptr(), limbs.data_ptr(), *values.shape)
+
+
+def task_variance(
+    base: torch.Tensor | None, deltas: Sequence[torch.Tensor], out: torch.Tensor
+) -> None:
+    """Write the variance over the K task vectors of every entry.
+
+    Args:
+        base: given if deltas are fine-tuned weights.
+        deltas: K tensors of one size.
+        out: fp32 tensor of that size.
+    """
+    deltas = _one_dtype(deltas)
+    cpu.task_variance(
+        _address(base),
+        _addresses(deltas),
+        out.data_ptr(),
+        out.numel(),
+        _code([] if base is None else [base]),
+        _code(deltas),
+        base is not None,
+        torch.get_num_threads(),
+    )
+
+
 def softmax_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Entropy and log-sum-exp of every row, both fp32 [R].
 
@@ -366,6 +571,10 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _code(tensors: Sequence[torch.Tensor]) -> int:
     return DTYPE_CODES[tensors[0].dtype] if tensors else 0
+
+
+def _mask_stride(masks: torch.Tensor | None) -> int:
+    return 0 if masks is None or masks.shape[0] == 1 else masks.shape[1]
 
 
 def _one_dtype(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .deltas import Dense, Experts
+from .ops._bits import unpack_bits
 from .ops.ties import majority_sign
 
 
@@ -64,10 +65,8 @@ def trim_deltas(
 
 def _masked(base: Tensor, deltas: Experts, masks: Tensor) -> Dense:
     """Task vectors times their masks; masks are packed bits [K, ceil(n / 8)]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
-    bits = ((masks.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : base.numel()]  # [K, n]
     kept = []
-    for delta, mask in zip(deltas.tensors, bits, strict=True):
+    for delta, mask in zip(deltas.tensors, unpack_bits(masks, base.numel()), strict=True):
         tau = delta.to(base.dtype) - base
-        kept.append(torch.where(mask.view(base.shape).bool(), tau, 0).contiguous())
+        kept.append(torch.where(mask.view(base.shape), tau, 0).contiguous())
     return Dense(kept)

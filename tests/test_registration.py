@@ -6,6 +6,7 @@ An op without an entry in CASES fails the suite.
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,88 @@ CASES = {
         lambda: {
             "dtype": ([[INTEGERS], torch.ones(1), None, False, 0], r"deltas\[0\] must be a"),
             "shape": ([deltas(), torch.ones(2), None, False, 0], r"thresholds is \[2\]"),
+        },
+    ),
+}
+
+
+DOUBLE = torch.float64
+CUTS = torch.tensor([[math.inf, 0.5], [1.5, 0.125], [0.25, 0.0]])
+ENDS = torch.tensor([[0, 12], [15, 0], [9, 40]])
+P0P1 = torch.tensor([[0.3, 0.3], [0.2, 0.6], [1.0, 1.0]], dtype=DOUBLE)
+BITS = torch.tensor([[181, 0, 255, 16, 7]], dtype=torch.uint8)
+
+CASES |= {
+    "magnitude_masks": Case(
+        lambda: [
+            [deltas(), CUTS, ENDS, None, 0],
+            [[grid(BASE, BF16, seed=k) for k in range(3)], CUTS, ENDS, base(BF16), 7],
+            [deltas(DOUBLE), CUTS.double(), ENDS, base(DOUBLE), 7],
+        ],
+        lambda: {
+            "dtype": ([deltas(), CUTS.half(), ENDS, None, 0], "values must be fp32 or fp64"),
+            "shape": ([deltas(), CUTS[:2], ENDS, None, 0], r"values is \[2, 2\]"),
+        },
+    ),
+    "random_masks": Case(
+        lambda: [
+            [deltas(), P0P1, None, 7, 5, 0],
+            [deltas(BF16), P0P1, base(BF16), 5, -(1 << 63), 1001],
+        ],
+        lambda: {
+            "dtype": (
+                [[INTEGERS] * 3, P0P1, None, 7, 5, 0],
+                r"deltas\[0\] must be a floating-point",
+            ),
+            "shape": ([deltas(), P0P1, None, 6, 5, 0], "width 6 does not divide 35 entries"),
+        },
+    ),
+    "masked_merge": Case(
+        lambda: [
+            [deltas(), x((3, 3)), None, None, False, False, False, False, 0.0, 0.5, None],
+            [deltas(), x((3, 3)), BITS, base(BF16), True, True, True, True, 0.1, 1.0, None],
+            [deltas(), x((3, 3)), BITS, base(), True, False, True, False, 0.0, 1.0, BF16],
+        ],
+        lambda: {
+            "dtype": (
+                [deltas(), INTEGERS[:3, :3], BITS, None, *[False] * 4, 0.0, 1.0, None],
+                "factors must be a floating-point tensor",
+            ),
+            "shape": (
+                [deltas(), x((3, 3)), BITS[:, 1:], None, *[False] * 4, 0.0, 1.0, None],
+                r"masks is torch.uint8 \[1, 4\]",
+            ),
+        },
+    ),
+    "masked_sums": Case(
+        lambda: [
+            [deltas(), None, None, 7, False],
+            [deltas(BF16), BITS.expand(3, -1), base(BF16), 5, True],
+        ],
+        lambda: {
+            "dtype": ([deltas(), BITS.int(), None, 7, False], "masks is torch.int32"),
+            "shape": ([deltas(), None, SHORT, 7, False], r"deltas\[0\] has shape \[5, 7\]"),
+        },
+    ),
+    "row_gram": Case(
+        lambda: [[deltas(), None, 7], [deltas(BF16), base(BF16), 35], [deltas(DOUBLE), None, 1]],
+        lambda: {
+            "dtype": ([[INTEGERS], None, 7], r"deltas\[0\] must be a floating-point tensor"),
+            "shape": ([deltas(), SHORT, 7], r"deltas\[0\] has shape \[5, 7\]"),
+        },
+    ),
+    "exact_sums": Case(
+        lambda: [[base(DOUBLE)], [torch.zeros(0, 3, dtype=DOUBLE)]],
+        lambda: {
+            "dtype": ([base()], "values must be torch.float64"),
+            "shape": ([base(DOUBLE, (5,))], r"values has shape \[5\]"),
+        },
+    ),
+    "task_variance": Case(
+        lambda: [[deltas(), None], [deltas(BF16), base(BF16)], [deltas(DOUBLE), base()]],
+        lambda: {
+            "dtype": ([[INTEGERS], None], r"deltas\[0\] must be a floating-point tensor"),
+            "shape": ([deltas(), SHORT], r"deltas\[0\] has shape \[5, 7\]"),
         },
     ),
 }

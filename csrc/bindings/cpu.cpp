@@ -158,6 +158,117 @@ void ties_masks(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, u
                         threads});
 }
 
+void magnitude_masks(uintptr_t base, const Addresses& deltas, uintptr_t values, uintptr_t indices,
+                     uintptr_t masks, int64_t size, int64_t offset, int base_dtype, int delta_dtype,
+                     bool experts, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().magnitude_masks({{pointer<const void>(base), delta_pointers.data(),
+                              int64_t(deltas.size()), base_dtype, delta_dtype, experts},
+                             pointer<const float>(values),
+                             pointer<const int64_t>(indices),
+                             pointer<uint8_t>(masks),
+                             size,
+                             offset,
+                             threads});
+}
+
+void random_masks(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t masks,
+                  uintptr_t scratch, uint64_t key, int64_t size, int64_t offset, int64_t width,
+                  int base_dtype, int delta_dtype, bool experts, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().random_masks({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                           base_dtype, delta_dtype, experts},
+                          pointer<const double>(thresholds),
+                          pointer<uint8_t>(masks),
+                          pointer<char>(scratch),
+                          key,
+                          size,
+                          offset,
+                          width,
+                          threads});
+}
+
+void masked_merge(uintptr_t base, const Addresses& deltas, uintptr_t masks, int64_t mask_stride,
+                  uintptr_t factors, uintptr_t out, int64_t size, int base_dtype, int delta_dtype,
+                  int out_dtype, bool experts, bool elect, bool normalize, bool add_base,
+                  float least, float scaling, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  expect_dtype("out_dtype", out_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().masked_merge({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                           base_dtype, delta_dtype, experts},
+                          pointer<const uint8_t>(masks),
+                          mask_stride,
+                          pointer<const float>(factors),
+                          pointer<void>(out),
+                          size,
+                          out_dtype,
+                          elect,
+                          normalize,
+                          add_base,
+                          least,
+                          scaling,
+                          threads});
+}
+
+void masked_sums(uintptr_t base, const Addresses& deltas, uintptr_t masks, int64_t mask_stride,
+                 uintptr_t sums, int64_t size, int64_t width, int base_dtype, int delta_dtype,
+                 bool experts, bool square, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().masked_sums({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                          base_dtype, delta_dtype, experts},
+                         pointer<const uint8_t>(masks),
+                         mask_stride,
+                         pointer<double>(sums),
+                         size,
+                         width,
+                         square,
+                         threads});
+}
+
+void row_gram(uintptr_t base, const Addresses& deltas, uintptr_t gram, int64_t size, int64_t width,
+              int base_dtype, int delta_dtype, bool experts, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().row_gram({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                       base_dtype, delta_dtype, experts},
+                      pointer<double>(gram),
+                      size,
+                      width,
+                      threads});
+}
+
+void exact_sums(uintptr_t values, uintptr_t limbs, int64_t rows, int64_t columns) {
+  py::gil_scoped_release release;
+  kernels().exact_sums({pointer<const double>(values), pointer<int64_t>(limbs), rows, columns});
+}
+
+void task_variance(uintptr_t base, const Addresses& deltas, uintptr_t out, int64_t size,
+                   int base_dtype, int delta_dtype, bool experts, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().task_variance({{pointer<const void>(base), delta_pointers.data(),
+                            int64_t(deltas.size()), base_dtype, delta_dtype, experts},
+                           pointer<float>(out),
+                           size,
+                           threads});
+}
+
 void softmax_entropy(uintptr_t logits, uintptr_t entropy, uintptr_t lse, int64_t rows, int64_t cols,
                      int64_t row_stride, int dtype, int threads) {
   expect_dtype("dtype", dtype);
@@ -205,8 +316,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("magnitude_histogram", &magnitude_histogram);
   m.def("ties_merge", &ties_merge);
   m.def("ties_masks", &ties_masks);
+  m.def("magnitude_masks", &magnitude_masks);
+  m.def("random_masks", &random_masks);
+  m.def("masked_merge", &masked_merge);
+  m.def("masked_sums", &masked_sums);
+  m.def("row_gram", &row_gram);
+  m.def("exact_sums", &exact_sums);
+  m.def("task_variance", &task_variance);
   m.def("softmax_entropy", &softmax_entropy);
   m.def("softmax_entropy_backward", &softmax_entropy_backward);
+  m.attr("limbs") = fastmerge::cpu::kLimbs;
   m.attr("histogram_bins") = fastmerge::cpu::kHistogramBins;
   m.def("isa", [] { return std::string(fastmerge::cpu::isa()); });
   m.def("supported_isas", &supported_isas);

@@ -11,6 +11,13 @@ void combine_and_dot(const CombineAndDotParams& p);
 void magnitude_histogram(const MagnitudeHistogramParams& p);
 void ties_merge(const TiesMergeParams& p);
 void ties_masks(const TiesMasksParams& p);
+void magnitude_masks(const MagnitudeMasksParams& p);
+void random_masks(const RandomMasksParams& p);
+void masked_merge(const MaskedMergeParams& p);
+void masked_sums(const MaskedSumsParams& p);
+void row_gram(const RowGramParams& p);
+void exact_sums(const ExactSumsParams& p);
+void task_variance(const TaskVarianceParams& p);
 void softmax_entropy(const SoftmaxEntropyParams& p);
 void softmax_entropy_backward(const SoftmaxEntropyBackwardParams& p);
 

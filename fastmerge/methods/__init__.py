@@ -6,13 +6,52 @@ import difflib
 from typing import Any
 
 from ._method import Block, Method, Parameter, Pass, Statistics, run_passes
+from .arcee_fusion import ArceeFusion
 from .average import Average
+from .breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from .dare import DareLinear, DareTies
+from .della import Della, DellaLinear
+from .karcher import Karcher
+from .linear import Linear
+from .model_stock import ModelStock
+from .multislerp import MultiSlerp
+from .nearswap import NearSwap
+from .nuslerp import NuSlerp
+from .passthrough import Passthrough
+from .ram import Ram, RamPlus
+from .sce import Sce
+from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
 from .weighted import Weighted
+from .weighted_ties import WeightedTies
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Average, TaskArithmetic, Ties)
+    method.name: method
+    for method in (
+        Average,
+        Linear,
+        TaskArithmetic,
+        Ties,
+        WeightedTies,
+        DareLinear,
+        DareTies,
+        Breadcrumbs,
+        BreadcrumbsTies,
+        Della,
+        DellaLinear,
+        Sce,
+        Ram,
+        RamPlus,
+        ModelStock,
+        Slerp,
+        NuSlerp,
+        MultiSlerp,
+        Karcher,
+        NearSwap,
+        ArceeFusion,
+        Passthrough,
+    )
 }
 
 __all__ = [
@@ -36,7 +75,7 @@ def make_method(name: str, **parameters: Any) -> Method:
     """A method by its name in the registry.
 
     Args:
-        name: "average", "task_arithmetic" or "ties".
+        name: a key of `METHODS`, for example "average" or "ties".
         parameters: the method's parameters, its defaults for the others.
 
     Raises:

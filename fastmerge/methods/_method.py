@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ._parameters import PerExpert
+
 Stats = dict[str, Any]
 
 
@@ -91,6 +93,7 @@ class Method:
         whole_vectors: True if the blocks of 1-D tensors must be, as for methods that work row by
             row and take a vector for one row.
         needs_base: False if the method works without a base model.
+        experts_range: least and largest number of experts, None for no limit.
     """
 
     name: ClassVar[str]
@@ -100,6 +103,7 @@ class Method:
     whole_tensor: ClassVar[bool] = False
     whole_vectors: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
+    experts_range: ClassVar[tuple[int, int | None]] = (1, None)
 
     def needs_whole(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape must come as one block."""
@@ -107,6 +111,15 @@ class Method:
 
     def check(self, names: Sequence[str], experts: Sequence[str]) -> None:
         """Raise ValueError if the parameters do not fit these tensors and experts."""
+        least, most = self.experts_range
+        if not least <= len(experts) <= (most or len(experts)):
+            wanted = (
+                f"{least}" if least == most else f"{least} to {most}" if most else f">= {least}"
+            )
+            raise ValueError(f"{self.name} takes {wanted} experts, got {len(experts)}")
+        for value in vars(self).values():
+            if isinstance(value, PerExpert):
+                value.check(len(experts))
 
     def passes(self, dtype: torch.dtype) -> list[Pass]:
         """Measure passes, in order.

@@ -44,12 +44,21 @@ class Average(Method):
             raise ValueError(f"weights has {len(self.weights)} values for {len(experts)} experts")
 
     def combine(self, block: Block, stats: Stats) -> Tensor:
-        first, *others = block.experts
-        if not others:
-            return first.to(block.dtype, copy=True, memory_format=torch.contiguous_format)
-        weights = self.weights or [1.0] * len(block.experts)
-        total = math.fsum(weights)
-        row = torch.tensor(
-            [w / total for w in weights[1:]], dtype=accumulate_dtype(first), device=first.device
-        )
-        return weighted_sum(first, Experts(others), row, dtype=block.dtype)
+        return average_rows(block, self.weights or [1.0] * len(block.experts))
+
+
+def average_rows(block: Block, weights: Sequence[float]) -> Tensor:
+    """theta_1 + sum_k w_k / (sum of all w) (theta_k - theta_1), rounded once.
+
+    Args:
+        block: the block; its base is not read.
+        weights: K weights.
+    """
+    first, *others = block.experts
+    if not others:
+        return first.to(block.dtype, copy=True, memory_format=torch.contiguous_format)
+    total = math.fsum(weights)
+    row = torch.tensor(
+        [w / total for w in weights[1:]], dtype=accumulate_dtype(first), device=first.device
+    )
+    return weighted_sum(first, Experts(others), row, dtype=block.dtype)

@@ -2,18 +2,32 @@
 
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
+from .magnitude_masks import magnitude_masks
 from .magnitude_threshold import magnitude_threshold
+from .masked_merge import masked_merge, masked_sums
 from .merged_linear import merged_linear
+from .random_masks import random_key, random_masks
+from .row_gram import exact_sums, exact_value, row_gram
 from .softmax_entropy import softmax_entropy
+from .task_variance import task_variance
 from .ties import ties_masks, ties_merge
 from .weighted_sum import weighted_sum
 
 __all__ = [
     "coefficient_grad",
     "combine_and_dot",
+    "exact_sums",
+    "exact_value",
+    "magnitude_masks",
     "magnitude_threshold",
+    "masked_merge",
+    "masked_sums",
     "merged_linear",
+    "random_key",
+    "random_masks",
+    "row_gram",
     "softmax_entropy",
+    "task_variance",
     "ties_masks",
     "ties_merge",
     "weighted_sum",

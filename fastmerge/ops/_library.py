@@ -141,6 +141,26 @@ def check_deltas(op: str, base: Tensor, deltas: Sequence[Tensor], base_name: str
     check_float(op, "deltas[0]", deltas[0])
 
 
+def check_source(op: str, deltas: Sequence[Tensor], base: Tensor | None) -> None:
+    """Deltas that are task vectors, or experts like a base."""
+    torch._check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    first, name = (deltas[0], "deltas[0]") if base is None else (base, "base")
+    check_deltas(op, first, deltas, base_name=name)
+
+
+def check_width(op: str, tensor: Tensor, width: int) -> None:
+    """Rows of `width` entries that divide the tensor; any positive width divides an empty one."""
+    torch._check(
+        width > 0 and tensor.numel() % width == 0,
+        lambda: f"{op}: width {width} does not divide {tensor.numel()} entries into rows",
+    )
+
+
+def row_width(tensor: Tensor) -> int:
+    """Entries of one row: the last dimension, at least 1."""
+    return max(1, tensor.shape[-1]) if tensor.dim() else 1
+
+
 def check_coefficients(op: str, coefficients: Tensor, count: int, device: torch.device) -> None:
     """Coefficients: one floating-point value per delta."""
     check_float(op, "coefficients", coefficients)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native_kernels
+from ._bits import pack_bits
 from ._library import (
     accumulate_dtype,
     as_task_vector,
@@ -268,19 +269,12 @@ register(
 )
 
 
-def _pack_bits(mask: Tensor) -> Tensor:
-    """Bool [n] as uint8 [ceil(n / 8)], entry i in bit i % 8 of byte i // 8."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8))
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(-1, 8) * weights).sum(-1, dtype=torch.uint8)
-
-
 def _masks_reference(deltas, thresholds, base, experts, majority):
     _check("ties_masks", deltas, thresholds, base, experts, majority)
     accumulate = accumulate_dtype(deltas[0], base, thresholds)
     arguments = (deltas, thresholds, base, experts, accumulate)
     sign, election = _elect(_trimmed(*arguments), majority)
-    rows = [_pack_bits(torch.where(sign > 0, x > 0, x < 0).flatten()) for x in _trimmed(*arguments)]
+    rows = [pack_bits(torch.where(sign > 0, x > 0, x < 0).flatten()) for x in _trimmed(*arguments)]
     return torch.stack(rows), election
 
 

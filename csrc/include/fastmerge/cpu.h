@@ -132,6 +132,96 @@ struct TiesMasksParams {
   int threads;
 };
 
+// Packed masks as those of TiesMasksParams. An entry is above a cut (value, index) when |tau| >
+// value, or |tau| = value and offset + i < index. Entry i of delta k is kept when it is above the
+// cut values[k][1], indices[k][1] and not above the cut values[k][0], indices[k][0].
+struct MagnitudeMasksParams {
+  Source source;
+  const float* values;     // [K, 2]
+  const int64_t* indices;  // [K, 2]
+  uint8_t* masks;          // [K, ceil(size / 8)]
+  int64_t size;
+  int64_t offset;  // index of the first entry in the whole tensor
+  int threads;
+};
+
+// Packed masks: entry i of delta k is kept when its 32-bit draw is below 2^32 p. p is
+// thresholds[k][0] for the smallest |tau| of a row of `width` entries and grows evenly with the
+// rank to thresholds[k][1] for the largest; deltas are read only where the two differ. The draw is
+// a function of key, k and offset + i (csrc/cpu/philox.h).
+struct RandomMasksParams {
+  Source source;
+  const double* thresholds;  // [K, 2]
+  uint8_t* masks;            // [K, ceil(size / 8)]
+  char* scratch;             // [K, 24 width + 8]
+  uint64_t key;
+  int64_t size;
+  int64_t offset;
+  int64_t width;  // divides size; below 2^31
+  int threads;
+};
+
+// x_k = tau_k where masks[k] is set, else 0; v_k = factors[0][k] x_k, y_k = factors[1][k] x_k.
+// Without `elect` m = sum_k y_k. With it, s = + where sum_k v_k >= 0, else -; m is the sum of the
+// y_k whose v_k has the sign s, with `normalize` divided by the sum of their factors[2][k], which
+// is raised to `least` and taken as 1 when it is 0. out = scaling m, on top of base when add_base.
+struct MaskedMergeParams {
+  Source source;
+  const uint8_t* masks;  // rows mask_stride bytes apart, or null: all entries
+  int64_t mask_stride;   // 0: one mask for all deltas
+  const float* factors;  // [3, K]
+  void* out;             // may be base
+  int64_t size;
+  int out_dtype;
+  bool elect;
+  bool normalize;
+  bool add_base;
+  float least;
+  float scaling;
+  int threads;
+};
+
+// sums[row, 0, k] = sum over the row of |tau_k|, or its square; sums[row, 1, k] over masked
+// entries.
+struct MaskedSumsParams {
+  Source source;
+  const uint8_t* masks;  // as above
+  int64_t mask_stride;
+  double* sums;  // [size / width, 2, K]
+  int64_t size;
+  int64_t width;  // divides size
+  bool square;
+  int threads;
+};
+
+// gram[row] = <tau_a, tau_b> along the row for a <= b, row by row of the upper triangle.
+struct RowGramParams {
+  Source source;
+  double* gram;  // [size / width, K (K + 1) / 2]
+  int64_t size;
+  int64_t width;  // divides size
+  int threads;
+};
+
+constexpr int64_t kLimbs = 67;
+
+// Adds every column of values to limbs: the sum is that of limbs[i] 2^(32 i - 1074) for i < 66;
+// limbs[66] counts the values that are not finite. Room for 2^31 values.
+struct ExactSumsParams {
+  const double* values;  // [rows, columns]
+  int64_t* limbs;        // [columns, kLimbs]
+  int64_t rows;
+  int64_t columns;
+};
+
+// out = mean over k of (tau_k - their mean)^2, fp32.
+struct TaskVarianceParams {
+  Source source;
+  float* out;
+  int64_t size;
+  int threads;
+};
+
 // entropy = lse - sum_c p_c x_c and lse = log sum_c exp(x_c) of every row x, p its softmax.
 struct SoftmaxEntropyParams {
   const void* logits;
@@ -166,6 +256,13 @@ struct KernelTable {
   void (*magnitude_histogram)(const MagnitudeHistogramParams&);
   void (*ties_merge)(const TiesMergeParams&);
   void (*ties_masks)(const TiesMasksParams&);
+  void (*magnitude_masks)(const MagnitudeMasksParams&);
+  void (*random_masks)(const RandomMasksParams&);
+  void (*masked_merge)(const MaskedMergeParams&);
+  void (*masked_sums)(const MaskedSumsParams&);
+  void (*row_gram)(const RowGramParams&);
+  void (*exact_sums)(const ExactSumsParams&);
+  void (*task_variance)(const TaskVarianceParams&);
   void (*softmax_entropy)(const SoftmaxEntropyParams&);
   void (*softmax_entropy_backward)(const SoftmaxEntropyBackwardParams&);
 };

@@ -1,0 +1,64 @@
+// Masks of the entries between two cuts of the order of magnitudes.
+//
+// Contiguous tensors; masks is overwritten. An entry is above a cut (value, index) when its |tau|
+// is larger than the value, or equal to it while the entry's index in the whole tensor is below the
+// cut's; kept are entries above the lower and not above the upper cut. A NaN is above no cut.
+#include "combine.h"
+#include "kernels.h"
+#include "masks.h"
+#include "parallel.h"
+
+namespace fastmerge::cpu::FASTMERGE_LEVEL {
+namespace {
+
+// Bits of the lanes above a cut; `ties` entries from here on have indices below the cut's.
+FASTMERGE_INLINE uint32_t above(F32 magnitude, float value, int64_t ties) {
+  uint32_t larger = bits(magnitude > broadcast(value));
+  if (ties <= 0) return larger;
+  uint32_t equal = bits(magnitude == broadcast(value));
+  if (ties < kLanes) equal &= (1u << ties) - 1;
+  return larger | equal;
+}
+
+template <int kDtype, int kExperts>
+void masks_of_range(const MagnitudeMasksParams& p, int64_t begin, int64_t end) {
+  for (int64_t k = 0; k < p.source.k; ++k) {
+    uint8_t* row = p.masks + k * mask_bytes(p.size);
+    float upper = p.values[2 * k], lower = p.values[2 * k + 1];
+    int64_t upper_index = p.indices[2 * k] - p.offset,
+            lower_index = p.indices[2 * k + 1] - p.offset;
+    for (int64_t i = begin; i < end; i += 64) {
+      uint64_t word = 0;
+      for (int64_t v = i; v < i + 64 && v < end; v += kLanes) {
+        int64_t n = end - v < kLanes ? end - v : kLanes;
+        F32 tau;
+        if (n == kLanes) {
+          F32 base = kExperts ? load_base(p.source, v) : zeros();
+          tau = load_tau<kDtype, kExperts>(p.source, k, v, base);
+        } else {
+          F32 base = kExperts ? load_base_first(p.source, v, n) : zeros();
+          tau = load_tau_first<kDtype, kExperts>(p.source, k, v, n, base);
+        }
+        F32 magnitude = absolute(tau);
+        uint32_t kept =
+            above(magnitude, lower, lower_index - v) & ~above(magnitude, upper, upper_index - v);
+        word |= uint64_t(kept & 0xffffu) << (v - i);
+      }
+      store_mask(row, end, i, word);
+    }
+  }
+}
+
+}  // namespace
+
+void magnitude_masks(const MagnitudeMasksParams& p) {
+  with_source(p.source.delta_dtype, p.source.experts, [&](auto dtype, auto experts) {
+    int64_t first_block[2] = {0, block_count(p.size)};
+    TensorList tensors = {&p.size, first_block, 1};
+    for_each_block(tensors, p.threads, [&](int64_t, int64_t, int64_t begin, int64_t end) {
+      masks_of_range<decltype(dtype)::value, decltype(experts)::value>(p, begin, end);
+    });
+  });
+}
+
+}  // namespace fastmerge::cpu::FASTMERGE_LEVEL

@@ -1,0 +1,45 @@
+// Sixteen fp64 lanes, for sums that fp32 lanes would round too early.
+#pragma once
+
+#include "vec.h"
+
+namespace fastmerge::cpu::FASTMERGE_LEVEL {
+
+typedef double PartD __attribute__((vector_size(kWidth * 4)));
+typedef float HalfF __attribute__((vector_size(kWidth * 2)));
+
+struct F64 {
+  PartD part[2 * kParts];
+};
+
+#define FASTMERGE_WIDE _Pragma("GCC unroll 8") for (int j = 0; j < 2 * kParts; ++j)
+
+FASTMERGE_INLINE F64 widen(F32 x) {
+  HalfF half[2 * kParts];
+  memcpy(half, &x, sizeof(half));
+  F64 r;
+  FASTMERGE_WIDE r.part[j] = __builtin_convertvector(half[j], PartD);
+  return r;
+}
+
+FASTMERGE_INLINE F64 operator+(F64 a, F64 b) {
+  FASTMERGE_WIDE a.part[j] = a.part[j] + b.part[j];
+  return a;
+}
+
+FASTMERGE_INLINE F64 operator*(F64 a, F64 b) {
+  FASTMERGE_WIDE a.part[j] = a.part[j] * b.part[j];
+  return a;
+}
+
+// Sum of the lanes, as a tree that is the same at every level.
+FASTMERGE_INLINE double fold(F64 x) {
+  double sum[kLanes];
+  memcpy(sum, &x, sizeof(sum));
+  for (int j = 0; j < 8; ++j) sum[j] += sum[j + 8];
+  for (int j = 0; j < 4; ++j) sum[j] += sum[j + 4];
+  for (int j = 0; j < 2; ++j) sum[j] += sum[j + 2];
+  return canonical_nan(sum[0] + sum[1]);
+}
+
+}  // namespace fastmerge::cpu::FASTMERGE_LEVEL

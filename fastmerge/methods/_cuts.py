@@ -1,0 +1,258 @@
+"""Passes that find exact order statistics of magnitudes, whatever the blocks.
+
+Histograms of the magnitudes' bits give the value c at a rank, as in `magnitude_threshold`. Where
+several entries are equal to c and only some of them belong above the cut, those of lowest index do:
+two more histograms, over the indices of the entries equal to c, find the last of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..ops import magnitude_masks
+from ..ops._bits import set_bits
+from ..ops.magnitude_threshold import BINS, LEVEL_BITS, magnitude_of_bits, refine
+from ._method import Block, Pass, Stats
+
+Source = Callable[[Block], tuple[list[Tensor], Tensor | None]]
+Counts = Callable[[int, Sequence[int]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut of the order of magnitudes, while it is being found.
+
+    Attributes:
+        delta: which tensor's magnitudes.
+        count: how many entries are above it.
+        bits: the high bits of c found so far.
+        position: position of c, from 1 and the smallest, among the magnitudes with these bits.
+        equal: how many magnitudes have these bits.
+        index: entries equal to c are above the cut if their index is below this.
+    """
+
+    delta: int
+    count: int
+    bits: int
+    position: int
+    equal: int
+    index: int
+
+    @property
+    def ties(self) -> int:
+        """How many of the entries equal to c are above the cut."""
+        return self.equal - self.position + 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of one tensor's cuts.
+
+    Attributes:
+        total: entries of the tensor.
+        counts: entries above the cuts of each delta.
+        cuts: those with entries above and below.
+        dtype: dtype of the arithmetic.
+    """
+
+    total: int
+    counts: list[list[int]]
+    cuts: tuple[Cut, ...]
+    dtype: torch.dtype
+
+    def open(self) -> list[Cut]:
+        """Cuts that leave some of the entries equal to c below them."""
+        return [cut for cut in self.cuts if cut.ties < cut.equal]
+
+    def changed(self, new: Sequence[Cut]) -> Found:
+        """The same with some cuts known better."""
+        better = {(cut.delta, cut.count): cut for cut in new}
+        cuts = tuple(better.get((cut.delta, cut.count), cut) for cut in self.cuts)
+        return replace(self, cuts=cuts)
+
+    def ends(self) -> list[list[tuple[float, int]]]:
+        """(c, index) of every cut of every delta."""
+        ends = {
+            (cut.delta, cut.count): (magnitude_of_bits(cut.bits, self.dtype).item(), cut.index)
+            for cut in self.cuts
+        }
+        for delta, counts in enumerate(self.counts):
+            if self.total in counts:
+                ends[delta, self.total] = (0.0, self.total)
+            if 0 in counts:
+                ends[delta, 0] = (math.inf, 0)
+        return [[ends[k, count] for count in row] for k, row in enumerate(self.counts)]
+
+    @property
+    def width(self) -> int:
+        """Indices that the first histogram of indices counts together."""
+        return max(1, -(-self.total // BINS))
+
+
+def cut_values(stats: Stats) -> list[list[float]]:
+    """c of every cut of every delta, once the passes of `Cuts` are done."""
+    return [[c for c, _ in row] for row in stats["cuts"].ends()]
+
+
+def cut_masks(source: Source, block: Block, stats: Stats) -> Tensor:
+    """Entries above the second and not above the first of each delta's two cuts, packed bits.
+
+    Args:
+        source: that of the `Cuts`.
+
+    Returns:
+        uint8 [K, ceil(n / 8)].
+    """
+    tensors, base = source(block)
+    found, device = stats["cuts"], tensors[0].device
+    ends = found.ends()
+    return magnitude_masks(
+        tensors,
+        torch.tensor([[c for c, _ in row] for row in ends], dtype=found.dtype, device=device),
+        torch.tensor([[i for _, i in row] for row in ends], device=device),
+        base=base,
+        offset=block.offset,
+    )
+
+
+class Cuts:
+    """Cuts of the magnitudes of a tensor's deltas, with exact numbers of entries above them.
+
+    Args:
+        source: block -> its tensors, and the base to subtract from them or None.
+        counts: (entries of the tensor, entries that are not 0 for each delta) -> for each delta the
+            numbers of entries above its cuts, from 0 to the tensor's entries.
+        dtype: dtype of the arithmetic.
+        ties: whether equal magnitudes are told apart by their indices, for `cut_masks`.
+    """
+
+    def __init__(self, source: Source, counts: Counts, dtype: torch.dtype, ties: bool = True):
+        self.source, self.counts, self.dtype, self.ties = source, counts, dtype, ties
+
+    def passes(self) -> list[Pass]:
+        """The measure passes; stats["cuts"] is what `cut_values` and `cut_masks` need."""
+        levels = len(LEVEL_BITS[self.dtype])
+        steps = [
+            Pass(
+                "cuts" if level + 1 == levels and not self.ties else f"cuts{level}",
+                "tensor",
+                partial(self._histograms, level=level),
+                finish=partial(self._descend, level=level),
+            )
+            for level in range(levels)
+        ]
+        if self.ties:
+            last = f"cuts{levels - 1}"
+            steps += [
+                Pass(
+                    "cuts_bins",
+                    "tensor",
+                    partial(self._index_bins, before=last),
+                    finish=partial(self._find_bin, before=last),
+                ),
+                Pass("cuts", "tensor", self._indices_in_bin, finish=self._find_index),
+            ]
+        return steps
+
+    def _histograms(self, block: Block, stats: Stats, level: int) -> Tensor:
+        tensors, base = self.source(block)
+        if level == 0:
+            wanted = [(tensor, 0) for tensor in tensors]
+        else:
+            wanted = [(tensors[cut.delta], cut.bits) for cut in stats[f"cuts{level - 1}"].cuts]
+        rows = [
+            torch.ops.fastmerge.magnitude_histogram(
+                tensor, base, level, bits, self.dtype == torch.float64
+            )
+            for tensor, bits in wanted
+        ]
+        return torch.stack(rows).cpu() if rows else torch.zeros(0, BINS, dtype=torch.int64)
+
+    def _descend(self, histograms: Tensor, stats: Stats, level: int) -> Found:
+        if level == 0:
+            total = int(histograms[0].sum())
+            counts = self.counts(total, [total - int(row[0]) for row in histograms])
+            cuts = tuple(
+                Cut(k, count, 0, total - count + 1, total, total)
+                for k, row in enumerate(counts)
+                for count in sorted(set(row) - {0, total})
+            )
+            found = Found(total, counts, cuts, self.dtype)
+            rows = [histograms[cut.delta] for cut in cuts]
+        else:
+            found, rows = stats[f"cuts{level - 1}"], list(histograms)
+        new = []
+        for cut, row in zip(found.cuts, rows, strict=True):
+            bits, position = refine(row, level, cut.bits, cut.position, self.dtype)
+            low = bits & ((1 << LEVEL_BITS[self.dtype][level]) - 1)
+            new.append(replace(cut, bits=bits, position=position, equal=int(row[low])))
+        return found.changed(new)
+
+    def _equal_entries(self, block: Block, cuts: Sequence[Cut]) -> list[Tensor]:
+        """Indices, in the whole tensor, of the entries equal to each cut's c."""
+        if not cuts:
+            return []
+        tensors, base = self.source(block)
+        values = torch.stack([magnitude_of_bits(cut.bits, self.dtype) for cut in cuts])
+        ends = torch.tensor([0, block.offset + tensors[0].numel()]).expand(len(cuts), 2)
+        device = tensors[0].device
+        masks = magnitude_masks(
+            [tensors[cut.delta] for cut in cuts],
+            values.unsqueeze(1).expand(-1, 2).to(device),
+            ends.to(device),
+            base=base,
+            offset=block.offset,
+        )
+        return [set_bits(mask) + block.offset for mask in masks]
+
+    def _index_bins(self, block: Block, stats: Stats, before: str) -> Tensor:
+        found: Found = stats[before]
+        rows = [
+            torch.bincount(entries // found.width, minlength=BINS)
+            for entries in self._equal_entries(block, found.open())
+        ]
+        return torch.stack(rows).cpu() if rows else torch.zeros(0, BINS, dtype=torch.int64)
+
+    def _find_bin(self, histograms: Tensor, stats: Stats, before: str) -> Found:
+        """Each open cut gets its bin as `index`, and `position` counts from the bin's start."""
+        found: Found = stats[before]
+        new = []
+        for cut, row in zip(found.open(), histograms, strict=True):
+            bin_, left = _locate(row, cut.ties)
+            new.append(replace(cut, index=bin_ * found.width, position=cut.equal - left + 1))
+        return found.changed(new)
+
+    def _indices_in_bin(self, block: Block, stats: Stats) -> Tensor:
+        found: Found = stats["cuts_bins"]
+        stop = block.offset + block.experts[0].numel()
+        rows = []
+        for cut in found.open():
+            row = torch.zeros(found.width, dtype=torch.int64)
+            if found.width > 1 and cut.index < stop and block.offset < cut.index + found.width:
+                entries = self._equal_entries(block, [cut])[0].cpu() - cut.index
+                row = torch.bincount(
+                    entries[(entries >= 0) & (entries < found.width)], minlength=found.width
+                )
+            rows.append(row)
+        return torch.stack(rows) if rows else torch.zeros(0, found.width, dtype=torch.int64)
+
+    def _find_index(self, histograms: Tensor, stats: Stats) -> Found:
+        found: Found = stats["cuts_bins"]
+        new = []
+        for cut, row in zip(found.open(), histograms, strict=True):
+            within = _locate(row, cut.ties)[0] if found.width > 1 else 0
+            new.append(replace(cut, index=cut.index + within + 1))
+        return found.changed(new)
+
+
+def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th entry counted, and its rank, from 1, within the bin."""
+    reached = counts.cumsum(0)
+    chosen = int(torch.searchsorted(reached, rank))
+    return chosen, rank - int(reached[chosen] - counts[chosen])
