@@ -20,16 +20,12 @@ COUNT = 4
 WEIGHTS = [1.0, 0.5, -0.25, 2.0]
 
 
-def models(make=random, count=COUNT, scale=0.25):
-    base = {n: make(s, torch.float32, 7 * i) for i, (n, s) in enumerate(SHAPES.items())}
-    experts = [
-        {
-            n: base[n] + scale * make(s, torch.float32, 100 * k + i)
-            for i, (n, s) in enumerate(SHAPES.items())
-        }
-        for k in range(1, count + 1)
-    ]
-    return base, experts
+def models(make=random, count=COUNT, spread=0.25):
+    def model(seed):
+        return {n: make(s, torch.float32, seed + i) for i, (n, s) in enumerate(SHAPES.items())}
+
+    base, steps = model(0), [model(100 * k) for k in range(1, count + 1)]
+    return base, [{name: base[name] + spread * step[name] for name in base} for step in steps]
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -45,8 +41,8 @@ def compare(merged, expected, base, experts):
         assert (error <= 16 * TOLERANCES[torch.float32] * scale).all(), (name, error.max())
 
 
-def run(method, oracle, make=random, count=COUNT, scale=0.25, **parameters):
-    base, experts = models(make, count, scale)
+def run(method, oracle, make=random, count=COUNT, spread=0.25, **parameters):
+    base, experts = models(make, count, spread)
     merged = fm.merge(base, experts, method, **parameters)
     expected = {}
     for name in base:
@@ -233,8 +229,8 @@ def test_sce_with_little_energy_has_equal_weights_unless_told_otherwise():
         agree = torch.where(taus.sum(0) >= 0, taus > 0, taus < 0)
         return base + (taus * agree).sum(0) / agree.sum(0).clamp(min=1)
 
-    run("sce", oracle, scale=1e-4)
-    base, experts = models(scale=1e-4)
+    run("sce", oracle, spread=1e-4)
+    base, experts = models(spread=1e-4)
     experts[0] = {name: 3 * experts[0][name] - 2 * base[name] for name in base}
     equal, paper = (fm.merge(base, experts, "sce", floor=floor)["w"] for floor in (1e-6, 0))
     assert (equal - paper).norm() > 0.1 * (equal - base["w"]).norm()
@@ -350,7 +346,7 @@ def test_karcher():
         norms = points.flatten(1).norm(dim=1)
         units = [p / n for p, n in zip(points, norms, strict=True)]
         mean = sum(units) / len(units)
-        mean = mean / mean.norm()
+        mean = units[0] if mean.norm() < 1e-5 else mean / mean.norm()
         for _ in range(10):
             tangent = torch.zeros_like(mean)
             for unit in units:
