@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .merged_weight import MergedWeight
     from .merging import merge
     from .ops._strategy import use_strategy
+    from .recalibration import recalibrate
     from .report import heat_map
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
     "ops._strategy": ("use_strategy",),
+    "recalibration": ("recalibrate",),
     "report": ("heat_map",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -58,6 +60,7 @@ __all__ = [
     "materialize",
     "merge",
     "ops",
+    "recalibrate",
     "remerge_",
     "use_backend",
     "use_strategy",

@@ -37,7 +37,7 @@ class Attachment:
         weights: {tensor name: merged weight}, in the order of the coefficients' rows.
         places: for each tensor, every (module, parameter name) that holds it.
         originals: {tensor name: the base model's parameter object}.
-        statistics: {buffer name: the base model's values} of averaged running statistics.
+        statistics: {buffer name: the base model's values} of changed running statistics.
         materialized: whether ordinary parameters have taken the merged weights' places.
     """
 
@@ -323,8 +323,13 @@ def coverage(model: nn.Module) -> list[tuple[str, dict[str, int], int]]:
     ]
 
 
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What `attach` put into a model, None if nothing."""
+    return model.__dict__.get(_RECORD)
+
+
 def _record(model: nn.Module) -> Attachment:
-    record = model.__dict__.get(_RECORD)
+    record = attachment_of(model)
     if record is None:
         parts = [name for name, part in model.named_modules() if part.__dict__.get(_RECORD)]
         where = f" (its part {parts[0]!r} has)" if parts else ""

@@ -57,7 +57,7 @@ class EagerStep:
         self, inputs: dict[str, Any], targets: dict[str, Tensor | None], step: int
     ) -> tuple[Values, Values]:
         """Forward and backward passes; gradients are added up, nothing is read by the host."""
-        joined = None if _has_training_batch_norm(self.model) else _join(list(inputs.values()))
+        joined = None if _has_training_batch_norm(self.model) else join(list(inputs.values()))
         if joined is not None and len(inputs) > 1:
             merged, rows = joined
             outputs = _split(call_model(self.model, merged), rows)
@@ -186,7 +186,7 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def _join(inputs: list[Any]) -> tuple[Any, list[int]] | None:
+def join(inputs: list[Any]) -> tuple[Any, list[int]] | None:
     """All tasks' inputs as one batch and the rows of each, or None if shapes differ."""
     flat = [pytree.tree_flatten(i) for i in inputs]
     leaves, spec = [f[0] for f in flat], flat[0][1]
