@@ -146,3 +146,13 @@ def test_tables_are_those_of_the_committed_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "AdaMerging layer-wise" in module.demo_table()
     assert module.with_tables(text) == text
+
+
+def test_merged_weight_document_names_every_test():
+    text = (ROOT / "docs" / "merged-weight.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [row.strip("|").rsplit("|", 1)[-1].strip() for row in rows]
+    named = [cell.strip("`") for cell in cells if cell not in ("test", "---")]
+    files = (ROOT / "tests").glob("test_merged_weight_*.py")
+    written = [name for f in files for name in re.findall(r"^def (test_\w+)", f.read_text(), re.M)]
+    assert sorted(named) == sorted(written)
