@@ -95,6 +95,7 @@ def learn(
     checkpoint_every: int = 50,
     resume: bool = False,
     cuda_graph: bool = False,
+    dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> History:
     """Learn merge coefficients by gradient descent on the sum of all tasks' objectives.
@@ -127,6 +128,9 @@ def learn(
             order again: iterables are read up to the step reached.
         cuda_graph: capture forward and backward passes in a CUDA graph in the first step and
             replay it; inputs must keep their shapes, heads and objective must not use the host.
+        dtype: torch.bfloat16 or torch.float16 runs the model's matrix products in that dtype
+            (autocast): merged panels are summed in fp32 and rounded once to it, coefficients,
+            outputs, heads and objective stay in fp32. By default the model's own dtype.
         progress: show a progress bar with loss and time left; by default on a terminal.
 
     Returns:
@@ -144,6 +148,8 @@ def learn(
     tasks = list(batches)
     loss_of = resolve_objective(objective)
     _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience)
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype}")
     check_attached(model)
     parameters = [p for p in coefficients.parameters() if p.requires_grad]
     if not parameters:
@@ -158,7 +164,7 @@ def learn(
     if loss_of is entropy:
         expert_logits = None  # nothing to compare with
     kind = GraphedStep if cuda_graph else EagerStep
-    run_step = kind(model, parameters, heads or {}, expert_logits or {}, loss_of)
+    run_step = kind(model, parameters, heads or {}, expert_logits or {}, loss_of, dtype)
     monitor = _CollapseMonitor(tasks)
     begun = time.perf_counter() - history.seconds
     if evaluate is not None and not history.evaluations:

@@ -30,6 +30,7 @@ class EagerStep:
         heads: {task: callable on the model's output}; a task without takes the output itself.
         expert_logits: {task: callable(inputs) or the expert's module}, as for `learn`.
         objective: callable(logits, Batch) -> scalar.
+        dtype: 16-bit dtype of the model's matrix products (autocast), None for the model's own.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class EagerStep:
         heads: Mapping[str, Callable],
         expert_logits: Mapping[str, Callable],
         objective: Objective,
+        dtype: torch.dtype | None = None,
     ):
         self.model, self.parameters, self.heads = model, parameters, heads
-        self.expert_logits, self.objective = expert_logits, objective
+        self.expert_logits, self.objective, self.dtype = expert_logits, objective, dtype
 
     def __call__(self, inputs: dict[str, Any], step: int) -> tuple[Values, Values]:
         """Scalar losses and logits per task, detached; gradients are in the parameters."""
@@ -60,18 +62,30 @@ class EagerStep:
         joined = None if _has_training_batch_norm(self.model) else join(list(inputs.values()))
         if joined is not None and len(inputs) > 1:
             merged, rows = joined
-            outputs = _split(call_model(self.model, merged), rows)
+            outputs = _split(self._output(merged), rows)
             if outputs is not None:
                 together = dict(zip(inputs, outputs, strict=True))
                 return self._backward(together, inputs, targets, step)
         losses: Values = {}
         logits: Values = {}
         for task, batch in inputs.items():
-            output = {task: call_model(self.model, batch)}
+            output = {task: self._output(batch)}
             task_losses, task_logits = self._backward(output, inputs, targets, step)
             losses |= task_losses
             logits |= task_logits
         return losses, logits
+
+    def _output(self, inputs: Any) -> Any:
+        """The model's output on a batch; under autocast in fp32, for heads and objective."""
+        if self.dtype is None:
+            return call_model(self.model, inputs)
+        device = self.parameters[0].device.type
+        # nothing to cache: merged weights have no copy in another dtype
+        with torch.autocast(device, self.dtype, cache_enabled=False):
+            output = call_model(self.model, inputs)
+        return pytree.tree_map_only(
+            Tensor, lambda t: t.float() if t.dtype == self.dtype else t, output
+        )
 
     def _backward(self, outputs, inputs, targets, step) -> tuple[Values, Values]:
         losses, logits = {}, {}
@@ -115,8 +129,8 @@ class GraphedStep(EagerStep):
         ValueError: the coefficients are not on a CUDA device, or shapes change between steps.
     """
 
-    def __init__(self, model, parameters, heads, expert_logits, objective):
-        super().__init__(model, parameters, heads, expert_logits, objective)
+    def __init__(self, model, parameters, heads, expert_logits, objective, dtype=None):
+        super().__init__(model, parameters, heads, expert_logits, objective, dtype)
         device = parameters[0].device
         if device.type != "cuda":
             raise ValueError(f"cuda_graph needs the model on a CUDA device, it is on {device}")

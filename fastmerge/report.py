@@ -24,6 +24,7 @@ LABELS = {
     "adamerging_layer": "AdaMerging layer-wise",
     "adamerging_pp": "AdaMerging++ layer-wise",
     "adamerging_layer_kl": "AdaMerging layer-wise, KL",
+    "adamerging_layer_kl_bf16": "AdaMerging layer-wise, KL, bf16",
 }
 _TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _STATIC = ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f")

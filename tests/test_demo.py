@@ -235,7 +235,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     log = Console(file=io.StringIO())
     finished = run.run_rows(bench, full=True, log=log)
     named = [(row.record["method"], row.record["protocol"]) for row in finished]
-    learned = ["adamerging_task", "adamerging_layer", "adamerging_pp", "adamerging_layer_kl"]
+    learned = list(run.LEARNED)
     static = ["average", "task_arithmetic", "task_arithmetic_tuned", "ties", "ties_tuned"]
     assert named == [
         *((name, "strict") for name in ["pretrained", "individual", *static, *learned]),
@@ -254,6 +254,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
         "coefficients-adamerging_layer.png",
         "coefficients-adamerging_pp.png",
         "coefficients-adamerging_layer_kl.png",
+        "coefficients-adamerging_layer_kl_bf16.png",
     }
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
     best = max(

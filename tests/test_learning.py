@@ -16,6 +16,7 @@ import fastmerge as fm
 from fastmerge.learning import CollapseWarning, ShuffledBatches
 
 from .plain import built_weights, make_experts
+from .tolerances import TOLERANCES
 
 TASKS = ("a", "b", "c")
 
@@ -66,6 +67,48 @@ def _plain_learn(model, experts, data, objective, steps, lr, clamp, dtype):
         total.backward()
         adam.step()
     return raw.detach()
+
+
+def _bf16_plain_learn(model, experts, data, steps, lr):
+    """The plain implementation under autocast: built fp32 weights, GEMMs in bf16."""
+    base = dict(model.named_parameters())
+    states = [dict(e.named_parameters()) for e in experts]
+    raw = torch.full((len(base), len(experts)), 0.3, requires_grad=True)
+    adam = torch.optim.Adam([raw], lr=lr)
+    streams = {task: iter(batches) for task, batches in _batches(data).items()}
+    for _ in range(steps):
+        adam.zero_grad()
+        weights = built_weights(base, states, raw)
+        total = 0
+        for task in TASKS:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = functional_call(model, weights, (next(streams[task]),))
+            log_p = logits.float().log_softmax(-1)
+            total = total - (log_p.exp() * log_p).sum(-1).mean()
+        total.backward()
+        adam.step()
+    return raw.detach()
+
+
+def test_learning_in_bf16_is_as_near_to_the_truth_as_plain_autocast(setting):
+    model, experts, data = setting
+    truth = _plain_learn(model, experts, data, "entropy", 30, 1e-2, None, torch.float64)
+    eager = _bf16_plain_learn(model, experts, data, 30, 1e-2)
+    coefficients = fm.attach(model, experts, clamp=None)
+    kinds = []
+    model[0].register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
+    fm.learn(model, coefficients, _batches(data), steps=30, lr=1e-2, dtype=torch.bfloat16)
+    assert set(kinds) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in coefficients.parameters())
+    error = (coefficients.matrix() - truth).abs().max()
+    assert error <= (eager - truth).abs().max() + TOLERANCES[torch.bfloat16]
+
+
+def test_a_dtype_that_is_not_16_bits_wide_is_refused(setting):
+    model, experts, data = setting
+    coefficients = fm.attach(model, experts)
+    with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16.*got torch\.float64"):
+        fm.learn(model, coefficients, _batches(data), steps=1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("objective", ["entropy", "kl"])

@@ -238,8 +238,9 @@ def learned(
     granularity: str = "layer",
     protocol: str = "strict",
     trim: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Row:
-    """AdaMerging: coefficients learned from unlabelled rows."""
+    """AdaMerging: coefficients learned from unlabelled rows; scored in fp32 whatever the dtype."""
     settings, encoder = bench.settings, bench.encoder
     adaptation = bench.adaptation(protocol)
     if objective == "kl":
@@ -261,7 +262,7 @@ def learned(
                 encoder, coefficients, adaptation.batches(), heads=bench.heads,
                 objective=objective, steps=settings.adapt_steps, lr=settings.adapt_rate(objective),
                 expert_logits=adaptation.lookups if objective == "kl" else None,
-                evaluate=watch, evaluate_every=settings.curve_every,
+                evaluate=watch, evaluate_every=settings.curve_every, dtype=dtype,
             )  # fmt: skip
             fm.materialize(encoder)
             with cost.paused():
@@ -297,6 +298,7 @@ def plan(settings: Settings, full: bool) -> list[Callable[[Bench], Row]]:
         "adamerging_layer": {},
         "adamerging_pp": {"trim": pp},
         "adamerging_layer_kl": {"objective": "kl"},
+        "adamerging_layer_kl_bf16": {"objective": "kl", "dtype": torch.bfloat16},
     }
     default = ("adamerging_layer", "adamerging_layer_kl")
     for protocol in ("strict", "paper") if full else ("strict",):

@@ -23,7 +23,13 @@ from .data import Wheels
 from .model import head, load_encoder, load_tokenizer, merged_state
 from .settings import Settings
 
-LEARNED = ("adamerging_task", "adamerging_layer", "adamerging_pp", "adamerging_layer_kl")
+LEARNED = (
+    "adamerging_task",
+    "adamerging_layer",
+    "adamerging_pp",
+    "adamerging_layer_kl",
+    "adamerging_layer_kl_bf16",
+)
 _REFERENCE = ("pretrained", "individual")
 
 
