@@ -15,9 +15,10 @@ if not (_root / "kernels").exists() and (_root.parent / "kernels" / "tiles.py").
 
 if TYPE_CHECKING:
     from . import ops
-    from .attachment import attach, coverage, detach, materialize, remerge_
+    from .attachment import attach, detach, materialize, remerge_
     from .backends import use_backend
     from .coefficients import Coefficients, load_coefficients
+    from .coverage_report import coverage
     from .deltas import Dense, Experts
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .merged_refusals import MergedWeightWarning
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from .report import heat_map
 
 _HOMES = {
-    "attachment": ("attach", "coverage", "detach", "materialize", "remerge_"),
+    "attachment": ("attach", "detach", "materialize", "remerge_"),
     "backends": ("use_backend",),
     "coefficients": ("Coefficients", "load_coefficients"),
+    "coverage_report": ("coverage",),
     "deltas": ("Dense", "Experts"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "merged_refusals": ("MergedWeightWarning",),

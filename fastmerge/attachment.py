@@ -254,7 +254,7 @@ def materialize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was never attached.
     """
-    record = _checked_record(model)
+    record = checked_attachment(model)
     built = {n: torch.empty_like(w.base, requires_grad=False) for n, w in record.weights.items()}
     _write(record, record.coefficients.matrix(), built)
     for name, values in built.items():
@@ -274,7 +274,7 @@ def remerge_(model: nn.Module, coefficients: Coefficients | Tensor) -> nn.Module
     Raises:
         ValueError: the model is not materialized, or the coefficients do not fit.
     """
-    record = _checked_record(model)
+    record = checked_attachment(model)
     matrix = coefficients.matrix() if isinstance(coefficients, Coefficients) else coefficients
     shape = (len(record.coefficients.rows), len(record.coefficients.experts))
     if list(matrix.shape) not in ([shape[1]], list(shape)):
@@ -307,22 +307,6 @@ def _write(record: Attachment, matrix: Tensor, outs: Mapping[str, Tensor]) -> No
     ops.weighted_sum(bases, formats, matrix[rows], out=targets)
 
 
-def coverage(model: nn.Module) -> list[tuple[str, dict[str, int], int]]:
-    """How each merged tensor has been computed with since `attach`.
-
-    Returns:
-        (tensor name, {"merged_linear" | "patches" | "rows" | "built": times}, bytes of one built
-        copy, 0 if none was built), in the order of the coefficients' rows.
-
-    Raises:
-        ValueError: the model was never attached.
-    """
-    return [
-        (name, dict(w.uses), w.base.numel() * w.base.element_size() if w.uses["built"] else 0)
-        for name, w in _checked_record(model).weights.items()
-    ]
-
-
 def attachment_of(model: nn.Module) -> Attachment | None:
     """What `attach` put into a model, None if nothing."""
     return model.__dict__.get(_RECORD)
@@ -337,7 +321,12 @@ def _record(model: nn.Module) -> Attachment:
     return record
 
 
-def _checked_record(model: nn.Module) -> Attachment:
+def checked_attachment(model: nn.Module) -> Attachment:
+    """What `attach` put into a model.
+
+    Raises:
+        ValueError: nothing, or a merged weight was replaced since.
+    """
     record = _record(model)
     record.check(model)
     return record

@@ -78,12 +78,12 @@ def _autocast(x: Tensor, weight: Any) -> Tensor:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_merged(weight) or weight.base.dim() != 2 or is_merged(input):
         return NotImplemented
-    weight.count("merged_linear")
-    return _merged_linear(_autocast(input, weight), weight, build(bias))
+    return _merged_linear("merged_linear", _autocast(input, weight), weight, build(bias))
 
 
-def _merged_linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+def _merged_linear(how: str, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x W^T + bias [..., O]; the outputs of chunks with coefficients of their own side by side."""
+    weight.count(how, x.shape[:-1].numel(), x.dtype)
     outputs = [
         ops.merged_linear(x, base.flatten(1), deltas.map(_flat), row, _slice(bias, start, stop))
         for start, stop, base, deltas, row in weight.chunks()
@@ -122,8 +122,8 @@ def _rmatmul(weight: Tensor, input: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x W + bias with W [I, O]; the products of chunks with coefficients of their own add up."""
-    weight.count("merged_linear")
     x, total = _autocast(x, weight), None
+    weight.count("merged_linear", x.shape[:-1].numel(), x.dtype, transpose=True)
     for start, stop, base, deltas, row in weight.chunks():
         y = ops.merged_linear(x[..., start:stop], base, deltas, row, bias, transpose=True)
         total, bias = y if total is None else total + y, None
@@ -148,8 +148,8 @@ def _embedding(
             f"merged embedding {weight.name!r}: max_norm, scale_grad_by_freq and sparse are not "
             "supported"
         )
-    weight.count("rows")
     ids = input.reshape(-1)
+    weight.count("rows", ids.numel())
 
     def gather(table: Tensor) -> Tensor:
         return table.index_select(0, ids)  # [R, D]
@@ -189,8 +189,7 @@ def _patch_convolution(
     outer = [2 + 2 * i for i in range(spatial)]
     inner = [3 + 2 * i for i in range(spatial)]
     patches = patches.permute(0, *outer, 1, *inner).flatten(1 + spatial)  # [B, n1, .., C*k1*..]
-    weight.count("patches")
-    y = _merged_linear(_autocast(patches, weight), weight, build(bias))  # [B, n1, .., O]
+    y = _merged_linear("patches", _autocast(patches, weight), weight, build(bias))  # [B, n1, .., O]
     return y.movedim(-1, 1)
 
 

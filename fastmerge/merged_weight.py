@@ -32,6 +32,19 @@ from .merged_refusals import (
 Spans = tuple[tuple[int, int, int], ...]
 
 
+class Uses(Counter):
+    """How often a merged weight was computed with, by way.
+
+    Attributes:
+        largest: {way: (rows, dtype of the inputs, whether the weight is [I, O])} of the
+            computation with the most rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[str, tuple[int, torch.dtype | None, bool]] = {}
+
+
 class MergedWeight(torch.Tensor):
     """A weight W = base + sum_k lambda_k tau_k that modules hold as an ordinary parameter.
 
@@ -57,7 +70,7 @@ class MergedWeight(torch.Tensor):
     coefficients: Coefficients
     index: int
     spans: Spans
-    uses: Counter
+    uses: Uses
     detached = False
     is_parameter = True
     is_merged_weight = True
@@ -91,7 +104,7 @@ class MergedWeight(torch.Tensor):
         self.base, self.deltas = base, deltas
         self.coefficients, self.index = coefficients, index
         self.spans = coefficients.spans(index, base.shape) if spans is None else spans
-        self.uses = Counter()
+        self.uses = Uses()
 
     @property
     def name(self) -> str:
@@ -144,10 +157,16 @@ class MergedWeight(torch.Tensor):
             for start, stop, row in self.spans
         ]
 
-    def count(self, how: str) -> None:
-        """Note one computation for the coverage report; compiled graphs leave it out."""
-        if not torch.compiler.is_compiling():
-            self.uses[how] += 1
+    def count(
+        self, how: str, rows: int = 0, dtype: torch.dtype | None = None, transpose: bool = False
+    ) -> None:
+        """Note one computation, with so many rows of inputs or looked-up rows, for the coverage
+        report; compiled graphs leave it out."""
+        if torch.compiler.is_compiling():
+            return
+        self.uses[how] += 1
+        if rows >= self.uses.largest.get(how, (0,))[0]:
+            self.uses.largest[how] = (rows, dtype, transpose)
 
     def combined(self) -> Tensor:
         """A built copy of the whole weight, differentiable with respect to the coefficients."""

@@ -168,6 +168,24 @@ def _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose) ->
     )
 
 
+def scratch_bytes(
+    x: Tensor, base: Tensor, deltas: list[Tensor], coefficients: Tensor, transpose: bool
+) -> int:
+    """Bytes of merged weight and weight gradient that a backward pass holds at most.
+
+    Two panels (four on a GPU, where the next one is prepared meanwhile), nothing in fused kernels,
+    the whole weight and its gradient on the reference.
+    """
+    strategy, kernels = _strategy(x, base, deltas, coefficients)
+    if strategy is None:
+        return 2 * base.numel() * x.element_size()
+    if strategy != "panel":
+        return 0
+    panels = _panel_linear(kernels, x, base, deltas, coefficients, True, transpose)
+    rows = min(panels.step, base.shape[0])
+    return 2 * (1 + panels.ahead) * rows * base.shape[1] * x.element_size()
+
+
 def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
     _check(x, base, deltas, coefficients, bias, transpose)
     strategy, kernels = _strategy(x, base, deltas, coefficients)
