@@ -13,7 +13,7 @@ from fastmerge.checkpoint import Checkpoint, CheckpointError
 from fastmerge.checkpoint.writer import OutputLock
 from fastmerge.jobs import engine
 from fastmerge.jobs.plan import Output, Plan, Source
-from fastmerge.methods import Average, Method, Pass, TaskArithmetic, Ties
+from fastmerge.methods import Average, Block, Linear, Method, Pass, TaskArithmetic, Ties, Weighted
 
 from .checkpoints import dense, write_folder
 from .jobs import SHAPES, hash_folder, make_plan, model, small_blocks, write_models
@@ -153,6 +153,29 @@ def test_values_that_are_not_finite_are_named(tmp_path, method, value):
         run(plan, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(folders)
     run(plan, tmp_path / "out", allow_nonfinite=True)
+
+
+CARRIERS = {
+    "average": Average(),
+    "weighted average": Average([0, 1, 0]),
+    "linear": Linear([0, 1, 0]),
+    "linear sum": Linear([0, 1, 0], normalize=False),
+    "task_arithmetic": TaskArithmetic([0, 0.5, 0]),
+    "weighted": Weighted({"a": torch.tensor([0.0, 1.0, 0.0])}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", CARRIERS.values(), ids=CARRIERS)
+def test_methods_that_say_so_carry_what_is_not_finite(method, value, dtype):
+    """Also at a coefficient of 0: the engine looks at the result instead of the inputs."""
+    assert method.carries_nonfinite
+    for where in range(4 if method.needs_base else 3):
+        tensors = [dense(100, dtype=dtype, seed=k) for k in range(4)]
+        tensors[::-1][where][37] = value
+        merged = method.combine(Block("a", tensors[0], tensors[1:]), {})
+        assert not merged[37].isfinite()
 
 
 def test_results_too_large_for_their_dtype_are_named(tmp_path):

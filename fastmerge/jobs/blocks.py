@@ -15,7 +15,7 @@ from .plan import Output, Plan, Source
 
 # One fp32 copy of everything a block reads and writes. It depends on nothing but K, so that sums
 # over blocks, and with them the output's bytes, depend neither on the machine nor on the budget.
-WORKING_BYTES = 32 << 20
+WORKING_BYTES = 64 << 20
 LEAST_ENTRIES = 1 << 16
 SCRATCH_TENSORS = 3  # what methods may allocate besides a copy of every input
 
@@ -78,37 +78,35 @@ def cut(output: Output, checkpoints: Mapping[str, Checkpoint]) -> Cut:
 
 
 class Reader:
-    """Blocks of a plan's tensors, checked for NaN and Inf when they are read first.
+    """Blocks of a plan's tensors.
 
     Args:
         plan: the plan.
-        allow_nonfinite: accept NaN and Inf.
         device: where blocks are needed.
     """
 
-    def __init__(self, plan: Plan, allow_nonfinite: bool, device: torch.device):
-        self.plan, self.allow_nonfinite, self.device = plan, allow_nonfinite, device
+    def __init__(self, plan: Plan, device: torch.device):
+        self.plan, self.device = plan, device
 
-    def read(self, output: Output, cut: Cut, number: int, first: bool) -> Block:
+    def read(self, output: Output, cut: Cut, number: int, check: bool) -> Block:
         """One block of an output's sources.
 
         Args:
             output: the tensor.
             cut: how it is cut.
             number: which block.
-            first: whether nothing has read it before in this job.
+            check: whether to look for NaN and Inf.
 
         Raises:
             ValueError: NaN or Inf, with checkpoint, tensor and how many.
         """
         start, stop = cut.bounds(number)
-        self.prefetch(output, cut, number + 1)
         tensors = []
         for source in sources_of(output):
             values = self.plan.checkpoints[source.checkpoint].read(source.key, start, stop)
             if values.dtype in NARROW and output.method is not None:
                 values = values.float()
-            if first and not self.allow_nonfinite:
+            if check:
                 self._check_finite(source, values)
             tensors.append(values)
         experts = tensors if output.base is None else tensors[1:]
@@ -119,9 +117,9 @@ class Reader:
         offset = start * (cut.entries // max(cut.total, 1))
         return Block(output.name, base, experts, offset, output.dtype, self.plan.seed)
 
-    def release(self, output: Output, cut: Cut, number: int) -> None:
-        """Give up the memory of a block's sources."""
-        start, stop = cut.bounds(number)
+    def release(self, output: Output, cut: Cut, first: int, behind: int) -> None:
+        """Give up the memory of the sources of blocks [first, behind)."""
+        start, stop = cut.bounds(first)[0], cut.bounds(behind - 1)[1]
         for source in sources_of(output):
             self.plan.checkpoints[source.checkpoint].release(source.key, start, stop)
 

@@ -94,7 +94,7 @@ class Work:
     ):
         self._plan, self._cuts, self._options = plan, cuts, options
         self._ranks, self._store = ranks, store
-        self._reader = Reader(plan, options.allow_nonfinite, options.device)
+        self._reader = Reader(plan, options.device)
         self._budget, self._stop = Budget(options.max_memory), threading.Event()
         owners = ranks.owners([cut.read_bytes for cut in cuts])
         self.mine = [index for index, owner in enumerate(owners) if owner == ranks.rank]
@@ -236,47 +236,68 @@ class Work:
         index, start, stop = piece
         output, cut, group = self._plan.outputs[index], self._cuts[index], self._group_of[index]
         phase = group.phases[-1 if number is None else number]
-        first = phase is group.phases[0]
+        # Every input is looked at once, when it is read first.
+        check = phase is group.phases[0] and not self._options.allow_nonfinite
         for step in phase.steps if cut.count else ():
-            value = self._measure(output, cut, step, group.stats, first)
-            first = False
+            value = self._measure(output, cut, step, group.stats, check)
+            check = False
             before = group.stats.of(output.name)
             own = group.stats.tensors.setdefault(output.name, {})
             own[step.name] = step.finish(value, before)
         if totals is not None:
             if cut.count:
-                value = self._measure(output, cut, phase.last, group.stats, first)
+                value = self._measure(output, cut, phase.last, group.stats, check)
                 totals[id(group)].add(index, value)
+                self._reader.release(output, cut, 0, cut.count)
             return
-        for block in range(start, stop):
-            if (index, block) in self._store.done:
-                self._progress.read(cut.read_bytes // cut.count)
-                continue
-            merged = self._merge(output, self._next(output, cut, block, first), group.stats)
-            self._store.write(output.name, index, block, cut.bounds(block)[0], merged)
-            self._reader.release(output, cut, block)
+        left = [block for block in range(start, stop) if (index, block) not in self._store.done]
+        self._progress.read(cut.read_bytes // max(cut.count, 1) * (stop - start - len(left)))
+        for block in left:
+            self._merge(index, block, group.stats, check, block + 1 < stop)
+            self._reader.release(output, cut, block, block + 1)
         if stop == cut.count:
             self._progress.wrote()
 
     def _measure(
-        self, output: Output, cut: Cut, step: Pass, stats: Statistics, first: bool
+        self, output: Output, cut: Cut, step: Pass, stats: Statistics, check: bool
     ) -> Tensor:
         """A pass's measurement of a whole tensor, its blocks added in order."""
         total, known = None, stats.of(output.name)
         for number in range(cut.count):
-            total = step.reduce(total, step.measure(self._next(output, cut, number, first), known))
-            self._reader.release(output, cut, number)
+            block = self._next(output, cut, number, check, number + 1 < cut.count)
+            value = step.measure(block, known)
+            if number > 1 and step.reducer == "sum" and value.dtype == total.dtype:
+                total += value  # not the first two times: until then it may be the method's
+            else:
+                total = step.reduce(total, value)
         return total
 
-    def _next(self, output: Output, cut: Cut, number: int, first: bool) -> Block:
+    def _next(self, output: Output, cut: Cut, number: int, check: bool, more: bool) -> Block:
+        """Read a block, and let the system read the one behind it if there is one."""
         if self._stop.is_set():
             raise Stopped
-        block = self._reader.read(output, cut, number, first)
+        if more:
+            self._reader.prefetch(output, cut, number + 1)
+        block = self._reader.read(output, cut, number, check)
         self._progress.read(cut.read_bytes // cut.count)
         return block
 
-    def _merge(self, output: Output, block: Block, stats: Statistics) -> Tensor:
-        """The block to be written, checked."""
+    def _merge(self, index: int, number: int, stats: Statistics, check: bool, more: bool) -> None:
+        """Merge one block, check it and write it."""
+        output, cut = self._plan.outputs[index], self._cuts[index]
+        carries = output.method is None or output.method.carries_nonfinite
+        block = self._next(output, cut, number, check and not carries, more)
+        merged = self._combine(output, block, stats)
+        if not self._options.allow_nonfinite and not is_finite(merged):
+            self._reader.read(output, cut, number, True)  # raises if an input is to blame
+            raise ValueError(
+                f"output {output.name!r} has NaN or Inf entries although its inputs have none: "
+                f"values too large for {output.dtype}; allow_nonfinite accepts them"
+            )
+        self._store.write(output.name, index, number, cut.bounds(number)[0], merged)
+
+    def _combine(self, output: Output, block: Block, stats: Statistics) -> Tensor:
+        """What is to be written of a block: contiguous, on the CPU, in the output's dtype."""
         expected = block.experts[0].shape
         if output.method is None:
             merged = block.experts[0]
@@ -287,10 +308,4 @@ class Work:
                 f"output {output.name!r}: {output.method.name} gave shape {list(merged.shape)}, "
                 f"expected {list(expected)}"
             )
-        merged = merged.to("cpu", output.dtype).contiguous()
-        if not self._options.allow_nonfinite and not is_finite(merged):
-            raise ValueError(
-                f"output {output.name!r} has NaN or Inf entries although its inputs have none: "
-                f"values too large for {output.dtype}; allow_nonfinite accepts them"
-            )
-        return merged
+        return merged.to("cpu", output.dtype).contiguous()

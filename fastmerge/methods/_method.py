@@ -94,6 +94,8 @@ class Method:
             row and take a vector for one row.
         needs_base: False if the method works without a base model.
         experts_range: least and largest number of experts, None for no limit.
+        carries_nonfinite: True if every NaN or Inf of a block's inputs gives NaN or Inf in what
+            `combine` makes of the block, so that checking that is enough.
     """
 
     name: ClassVar[str]
@@ -104,6 +106,7 @@ class Method:
     whole_vectors: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
     experts_range: ClassVar[tuple[int, int | None]] = (1, None)
+    carries_nonfinite: ClassVar[bool] = False
 
     def needs_whole(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape must come as one block."""

@@ -29,6 +29,7 @@ class Average(Method):
     name = "average"
     summary = "mean of the experts' weights"
     source = "arXiv 2203.05482"
+    carries_nonfinite = True
     needs_base = False
     parameters = (Parameter("weights", None, "K weights, divided by their sum; equal by default"),)
 

@@ -28,6 +28,7 @@ class Linear(Method):
     summary = "weighted average, or weighted sum, of the experts' weights"
     source = "arXiv 2203.05482"
     needs_base = False
+    carries_nonfinite = True
     parameters = (
         Parameter("weight", 1.0, "factor of each expert: a number, or K numbers"),
         Parameter("normalize", True, "divide by the sum of the weights"),

@@ -31,6 +31,7 @@ class TaskArithmetic(Method):
     name = "task_arithmetic"
     summary = "base + scaling * sum of task vectors"
     source = "arXiv 2212.04089"
+    carries_nonfinite = True
     parameters = (
         Parameter("scaling", 0.3, "factor of the task vectors: a number, or K numbers"),
         WEIGHT,

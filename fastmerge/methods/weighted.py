@@ -27,6 +27,7 @@ class Weighted(Method):
     name = "weighted"
     summary = "base + sum of task vectors, each with a given coefficient per tensor"
     source = "arXiv 2310.02575"
+    carries_nonfinite = True
 
     def __init__(self, rows: Mapping[str, Tensor], heights: Mapping[str, int] | None = None):
         self.rows, self.heights = rows, heights or {}
