@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .ops._strategy import use_strategy
     from .recalibration import recalibrate
     from .report import heat_map
+    from .transfer import transfer_coefficients
 
 _HOMES = {
     "attachment": ("attach", "detach", "materialize", "remerge_"),
@@ -41,6 +42,7 @@ _HOMES = {
     "ops._strategy": ("use_strategy",),
     "recalibration": ("recalibrate",),
     "report": ("heat_map",),
+    "transfer": ("transfer_coefficients",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -64,6 +66,7 @@ __all__ = [
     "ops",
     "recalibrate",
     "remerge_",
+    "transfer_coefficients",
     "use_backend",
     "use_strategy",
 ]
