@@ -147,7 +147,7 @@ def parse_json(text: bytes, file: str) -> dict[str, Any]:
         )
     except RecursionError:
         raise CheckpointError(f"{file}: the JSON text is nested too deeply") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except ValueError as error:  # errors of Unicode and JSON are ValueErrors
         raise CheckpointError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
@@ -156,6 +156,7 @@ def parse_json(text: bytes, file: str) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
+    "".join(found).encode()  # half a surrogate pair is valid in JSON, but in no file or message
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))

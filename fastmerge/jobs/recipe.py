@@ -132,7 +132,11 @@ def read_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
         RecipeError: anything unknown, missing, contradictory or of the wrong kind, with its place.
     """
     try:
-        return _recipe(read_yaml(text, source), text if isinstance(text, str) else text.decode())
+        text = text if isinstance(text, str) else text.decode()
+    except UnicodeDecodeError as error:  # YAML itself would take UTF-16 as well
+        raise RecipeError(f"{source}: not UTF-8 text: {error.reason}") from None
+    try:
+        return _recipe(read_yaml(text, source), text)
     except RecipeError as error:
         message = str(error)
         prefix = "" if message.startswith(source) else f"{source}: "
