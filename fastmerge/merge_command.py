@@ -38,6 +38,7 @@ def run_merge(
     max_memory: str,
     shard_size: str,
     seed: int | None,
+    device: str,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -49,17 +50,24 @@ def run_merge(
         dry_run: only show what would be done.
         max_memory, shard_size: sizes for `parse_size`.
         seed: seed of random methods, in place of the recipe's.
+        device: "cpu", "cuda" or "cuda:N".
         quiet: print nothing but errors.
         options: for `fastmerge.jobs.engine.run`.
 
     Raises:
         ValueError: a recipe, checkpoint or size that is refused.
     """
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", device) is None:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N")
     memory, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     recipe = load_recipe(recipe_file)
     folders = find_folders(recipe, recipe_file.parent)
-    from .jobs.planning import make_plan  # only now, since it imports torch
+    import torch  # only now, when the recipe is known to be good
 
+    from .jobs.planning import make_plan
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no GPU")
     plan, report = make_plan(
         recipe, folders, beside=recipe_file.parent, seed=seed, shard_bytes=shard_bytes
     )
@@ -72,7 +80,7 @@ def run_merge(
     from .jobs.engine import run
 
     start = time.perf_counter()
-    run(plan, out, max_memory=memory, progress=speaks, **options)
+    run(plan, out, max_memory=memory, device=device, progress=speaks, **options)
     if speaks:
         print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
 

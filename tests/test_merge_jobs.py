@@ -39,7 +39,13 @@ def _stored(folder):
 
 def _run(recipe, out="out", **options):
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-    defaults = {"dry_run": False, "max_memory": "1GiB", "shard_size": "5GB", "seed": None}
+    defaults = {
+        "dry_run": False,
+        "max_memory": "1GiB",
+        "shard_size": "5GB",
+        "seed": None,
+        "device": "cpu",
+    }
     run_merge(Path("recipe.yaml"), Path(out), **{**defaults, "quiet": True, **options})
     return _stored(out) if not options.get("dry_run") else None
 
@@ -180,6 +186,16 @@ def test_sizes(text, size):
 def test_bad_sizes_are_refused(text):
     with pytest.raises(ValueError, match="is no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("tpu", "expected cpu, cuda"), ("cuda:7", "torch finds no GPU")]
+)
+def test_devices_that_are_not_there_are_refused(models, monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        _run({"merge_method": "average", "models": ["a", "b"]}, device=device)
+    assert not list(models.glob(".out*"))
 
 
 def _command(*arguments):

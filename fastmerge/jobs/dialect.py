@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .yaml_reader import RecipeError
 
 REQUIRED = object()
 
-Kind = Literal["number", "bool", "whole", "text"]
+Kind = Literal["number", "bool", "whole", "text", "mode"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Knob:
     """One parameter of a recipe's method.
 
     Attributes:
-        kind: what its values are.
+        kind: what its values are; "mode" is true, false or a word.
         default: value where the recipe gives none; REQUIRED if it must.
         per_expert: every expert has a value of its own.
     """
@@ -39,22 +39,23 @@ class Dialect:
             read only if it is listed as a model).
         inputs: least and largest number of inputs besides the base model.
         knobs: its parameters.
-        renamed: {parameter: what the method's constructor calls it}, where that differs.
+        renamed: {parameter: what the method's constructor calls it}, where that differs; None for
+            parameters that have no effect.
     """
 
     method: str
     base: Literal["required", "optional", "input", "ignored"]
     inputs: tuple[int, int | None]
     knobs: Mapping[str, Knob] = field(default_factory=dict)
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def has_experts(self) -> bool:
         """Whether the base model is told from the experts."""
         return self.base in ("required", "optional")
 
-    def argument(self, parameter: str) -> str:
-        """What the method's constructor calls a parameter."""
+    def argument(self, parameter: str) -> str | None:
+        """What the method's constructor calls a parameter; None if it has no effect."""
         return self.renamed.get(parameter, parameter)
 
 
@@ -62,36 +63,40 @@ _WEIGHT = Knob(default=REQUIRED, per_expert=True)
 _DENSITY = Knob(default=1.0, per_expert=True)
 
 
-def _sparse(normalize: bool, rescale: bool, **more: Knob) -> dict[str, Knob]:
-    """Parameters that mergekit's task arithmetic family shares."""
-    return {
+_LAMBDA = {"lambda": "scaling"}
+
+
+def _sparse(
+    normalize: bool, rescale: bool, method: str, knobs: Mapping[str, Knob] | None = None
+) -> Dialect:
+    """A method of mergekit's task arithmetic family, with the parameters that they share."""
+    shared = {
         "weight": _WEIGHT,
         "density": _DENSITY,
         "normalize": Knob("bool", normalize),
-        "rescale": Knob("bool", rescale),
+        "rescale": Knob("mode", rescale),
         "lambda": Knob(default=1.0),
-        **more,
     }
+    return Dialect(method, "required", (1, None), {**shared, **(knobs or {})}, _LAMBDA)
 
 
 _GAMMA = {"gamma": Knob(default=0.01, per_expert=True)}
 _EPSILON = {"epsilon": Knob(default=0.15, per_expert=True)}
+_TASK_ARITHMETIC = _sparse(False, False, "task_arithmetic")
 DIALECTS: dict[str, Dialect] = {
     "linear": Dialect(
         "linear", "input", (1, None), {"weight": _WEIGHT, "normalize": Knob("bool", True)}
     ),
-    "task_arithmetic": Dialect("task_arithmetic", "required", (1, None), _sparse(False, False)),
-    "ties": Dialect("ties", "required", (1, None), _sparse(True, False)),
-    "dare_linear": Dialect("dare_linear", "required", (1, None), _sparse(False, True)),
-    "dare_ties": Dialect("dare_ties", "required", (1, None), _sparse(False, True)),
-    "breadcrumbs": Dialect("breadcrumbs", "required", (1, None), _sparse(False, False, **_GAMMA)),
-    "breadcrumbs_ties": Dialect(
-        "breadcrumbs_ties", "required", (1, None), _sparse(False, False, **_GAMMA)
+    "task_arithmetic": replace(
+        _TASK_ARITHMETIC, renamed={**_LAMBDA, "density": None, "rescale": None}
     ),
-    "della": Dialect("della", "required", (1, None), _sparse(True, True, **_EPSILON)),
-    "della_linear": Dialect(
-        "della_linear", "required", (1, None), _sparse(False, True, **_EPSILON)
-    ),
+    "ties": _sparse(True, False, "weighted_ties"),
+    "dare_linear": _sparse(False, True, "dare_linear"),
+    "dare_ties": _sparse(False, True, "dare_ties"),
+    "breadcrumbs": _sparse(False, False, "breadcrumbs", _GAMMA),
+    "breadcrumbs_ties": _sparse(False, False, "breadcrumbs_ties", _GAMMA),
+    "della": _sparse(True, True, "della", _EPSILON),
+    "della_linear": _sparse(False, True, "della_linear", _EPSILON),
     "slerp": Dialect("slerp", "required", (1, 1), {"t": Knob(default=REQUIRED)}),
     "nuslerp": Dialect(
         "nuslerp",
@@ -113,12 +118,27 @@ DIALECTS: dict[str, Dialect] = {
         "karcher", "input", (1, None), {"max_iter": Knob("whole", 10), "tol": Knob(default=1e-5)}
     ),
     "model_stock": Dialect(
-        "model_stock", "required", (2, None), {"filter_wise": Knob("bool", False)}
+        "model_stock",
+        "required",
+        (2, None),
+        {"filter_wise": Knob("bool", False), "norm_floor": Knob(default=1e-6)},
     ),
-    "sce": Dialect("sce", "required", (1, None), {"select_topk": Knob(default=1.0)}),
+    "sce": Dialect(
+        "sce",
+        "required",
+        (1, None),
+        {"select_topk": Knob(default=1.0), "floor": Knob(default=1e-6)},
+    ),
+    "ram": Dialect("ram", "required", (1, None), {"epsilon": Knob(default=1e-5)}),
+    "ramplus_tl": Dialect(
+        "ramplus_tl",
+        "required",
+        (1, None),
+        {"epsilon": Knob(default=1e-5), "r": Knob(default=0.1), "alpha": Knob(default=0.2)},
+    ),
     "nearswap": Dialect("nearswap", "required", (1, 1), {"t": Knob(default=REQUIRED)}),
     "arcee_fusion": Dialect("arcee_fusion", "required", (1, 1)),
-    "passthrough": Dialect("passthrough", "optional", (1, 1), {"scale": Knob(per_expert=True)}),
+    "passthrough": Dialect("passthrough", "ignored", (1, 1), {"scale": Knob(per_expert=True)}),
     "average": Dialect(
         "average",
         "ignored",

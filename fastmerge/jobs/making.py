@@ -59,14 +59,17 @@ class MethodMaker:
         return tuple(found) if knob.per_expert else found[0]
 
     def _method(self, values: dict[str, Any], tensor: str) -> Method | None:
-        if self.recipe.method == "passthrough":
-            if values["scale"] in ((None,), (1.0,)):
+        dialect = self.recipe.dialect
+        if dialect.method == "passthrough":
+            (values["scale"],) = values["scale"]
+            if values["scale"] in (None, 1):
                 return None
         arguments = {
-            self.recipe.dialect.argument(name): list(value) if isinstance(value, tuple) else value
+            dialect.argument(name): list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
+            if dialect.argument(name) is not None
         }
         try:
-            return make_method(self.recipe.dialect.method, **arguments)
+            return make_method(dialect.method, **arguments)
         except ValueError as error:
             raise RecipeError(f"{self.recipe.method}, tensor {tensor!r}: {error}") from None

@@ -271,7 +271,7 @@ class _Planner:
             for source, key in zip(tensor.part.sources, tensor.keys, strict=True)
         ]
         name = tensor.part.base or self.recipe.base
-        if not self.recipe.dialect.has_experts or self.recipe.method == "passthrough":
+        if not self.recipe.dialect.has_experts:
             return None, tensor.base_key, experts
         base_key = next((key for s, _, key in experts if s.model == name), tensor.base_key)
         base = None if name is None else self.models[name]

@@ -261,8 +261,6 @@ def _check_inputs(recipe: Recipe, part: Slice, where: str) -> None:
         twice = next((m for m in models if base is not None and m == base), None)
         count -= twice is not None
     least, most = dialect.inputs
-    if recipe.method == "passthrough":
-        count = len(models)
     if count < least or (most is not None and count > most):
         besides = "" if base is None or not dialect.has_experts else " besides the base model"
         limit = f"{least}" if least == most else f"at least {least}"

@@ -64,6 +64,9 @@ def _scalar(raw: Any, kind: Kind, where: str) -> Scalar:
     if kind == "bool":
         if isinstance(raw, bool):
             return raw
+    elif kind == "mode":
+        if isinstance(raw, (bool, str)):
+            return raw
     elif kind == "whole":
         if isinstance(raw, int) and not isinstance(raw, bool) and abs(raw) < 1 << 31:
             return raw
@@ -74,7 +77,12 @@ def _scalar(raw: Any, kind: Kind, where: str) -> Scalar:
         number = _number(raw)
         if number is not None:
             return number
-    wanted = {"number": "a finite number", "bool": "true or false", "whole": "a whole number"}
+    wanted = {
+        "number": "a finite number",
+        "bool": "true or false",
+        "whole": "a whole number",
+        "mode": "true, false or a word",
+    }
     shown = repr(raw) if len(repr(raw)) <= 60 else f"a {type(raw).__name__}"
     raise RecipeError(f"{where}: expected {wanted.get(kind, kind)}, got {shown}")
 
