@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastmerge.jobs.dialect import DIALECTS, Knob
+from fastmerge.jobs.dialect import DIALECTS, OWN, REQUIRED, Knob
 from fastmerge.jobs.layers import find_stacks
 from fastmerge.jobs.recipe import ModelName, RecipeError, read_recipe
 from fastmerge.jobs.settings import evaluate, read_setting, resolve
@@ -358,3 +358,25 @@ def test_layers_of_experts_in_a_mixture_are_the_outer_ones():
         "mlp.experts.7.w",
     )
     assert stacks.position("model.layers.1.mlp.experts.7.w") == 0.5
+
+
+@pytest.mark.parametrize("name", [*DIALECTS, *OWN])
+def test_dialects_name_the_methods_parameters(name):
+    """The table that is known without torch says what the methods say."""
+    from fastmerge.methods import METHODS
+
+    for dialect in filter(None, (DIALECTS.get(name), OWN.get(name))):
+        if dialect.method == "weighted":
+            continue
+        there = {p.name: p.default for p in METHODS[dialect.method].parameters}
+        for parameter, knob in dialect.knobs.items():
+            argument = dialect.argument(parameter)
+            if argument is None or knob.default is REQUIRED:
+                continue
+            assert argument in there
+            # As mergekit has them, lambda is 1; weights of an average are all equal.
+            if (dialect.method, parameter) not in EXCEPTED:
+                assert knob.default == there[argument], (name, parameter)
+
+
+EXCEPTED = {("task_arithmetic", "lambda"), ("average", "weight")}

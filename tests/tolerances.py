@@ -13,6 +13,9 @@ TOLERANCES = {
     torch.bfloat16: 2.0**-7,
 }
 
+# How far another program's fp32 result may be off, as a share of a tensor's norm.
+PARITY = 1e-5
+
 
 def assert_no_worse_than_eager(
     actual: Tensor,

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Entry
 from .vocabulary import Alignment
 
+MEAN_ROWS = 4096  # rows that are added up at a time, for the same sum on any machine
+
 
 class AlignedCheckpoint:
     """A checkpoint with the interface of `Checkpoint`, rows of some tensors taken from elsewhere.
@@ -33,6 +35,7 @@ class AlignedCheckpoint:
         self.inner, self.keys, self.alignment, self.models = inner, keys, alignment, models
         self.name, self.folder, self.metadata = inner.name, inner.folder, inner.metadata
         self.unlisted = inner.unlisted
+        self._means: dict[str, Tensor] = {}
         rows = len(alignment.own)
         self.tensors: dict[str, Entry] = {
             key: replace(entry, shape=(rows, *entry.shape[1:])) if key in keys else entry
@@ -43,27 +46,42 @@ class AlignedCheckpoint:
         """Rows [start, stop) of a tensor along its first dimension, all of them by default."""
         if key not in self.keys:
             return self.inner.read(key, start, stop)
-        own = self.alignment.own[start:stop]
-        rows = self.inner.read(key)[own.clamp(min=0)]
-        lacking = (own < 0).nonzero().flatten()
-        if len(lacking):
-            rows[lacking] = self._others(key, start, stop, lacking).to(rows.dtype)
+        rows, empty = self._gather(key, start, stop)
+        if bool(empty.any()):
+            rows[empty] = self._mean(key).to(rows.dtype)
         return rows
 
-    def _others(self, key: str, start: int, stop: int | None, rows: Tensor) -> Tensor:
-        """Means over the other models that have these rows, in fp32 (fp64 for fp64)."""
-        entry = self.tensors[key]
-        dtype = torch.float64 if entry.dtype == torch.float64 else torch.float32
-        total = torch.zeros(len(rows), *entry.shape[1:], dtype=dtype)
-        count = torch.zeros(len(rows), dtype=dtype)
-        for model, index in self.alignment.others:
-            chosen = index[start:stop][rows]
-            have = chosen >= 0
-            if bool(have.any()):
-                stored = self.models[model].read(self.keys[key][model])
-                total[have] += stored[chosen[have]].to(dtype)
-                count += have
-        return total / count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
+    def _gather(self, key: str, start: int, stop: int | None) -> tuple[Tensor, Tensor]:
+        """Rows [start, stop), and which of them no model has: those are anything yet."""
+        own = self.alignment.own[start:stop]
+        rows, empty = self.inner.read(key)[own.clamp(min=0)], own < 0
+        lacking = empty.nonzero().flatten()
+        if len(lacking):
+            total = torch.zeros(len(lacking), *rows.shape[1:], dtype=_computed_in(rows.dtype))
+            count = torch.zeros(len(lacking), dtype=total.dtype)
+            for model, index in self.alignment.others:
+                chosen = index[start:stop][lacking]
+                have = chosen >= 0
+                if bool(have.any()):
+                    stored = self.models[model].read(self.keys[key][model])
+                    total[have] += stored[chosen[have]].to(total.dtype)
+                    count += have
+            means = total / count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
+            rows[lacking] = means.to(rows.dtype)
+            empty[lacking] = count == 0
+        return rows, empty
+
+    def _mean(self, key: str) -> Tensor:
+        """Mean of the rows that some model has, which is what the others become."""
+        if key not in self._means:
+            total, count = None, 0
+            for start in range(0, len(self.alignment.own), MEAN_ROWS):
+                rows, empty = self._gather(key, start, start + MEAN_ROWS)
+                found = rows[~empty].to(_computed_in(rows.dtype))
+                part = found.sum(0)
+                total, count = part if total is None else total + part, count + len(found)
+            self._means[key] = total / max(count, 1)
+        return self._means[key]
 
     def prefetch(self, key: str, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read rows ahead; rows in another order come when they are read."""
@@ -85,3 +103,7 @@ class AlignedCheckpoint:
     def close(self) -> None:
         """Close the stored checkpoint."""
         self.inner.close()
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -129,7 +129,8 @@ class Alignment:
     """Which stored rows make the rows of one model's vocabulary tensors.
 
     Row r is the model's own row `own[r]`; where that is -1 it is the mean of the rows `index[r]`
-    of the (model, index) pairs of `others`, of those that are not -1; zero if all are.
+    of the (model, index) pairs of `others`, of those that are not -1; if all are, the mean
+    of all rows that are not so.
 
     Attributes:
         own: [V] int64.
