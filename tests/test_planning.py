@@ -58,7 +58,7 @@ def test_every_tensor_is_merged_once(models):
 def test_parameters_follow_filters_and_layers(models):
     weights = [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.25}]
     plan, _ = _plan(**TA, parameters={"scaling": weights})
-    scaling = {o.name: o.method.scaling.tolist() for o in plan.outputs}
+    scaling = {o.name: o.method.scaling.of(2) for o in plan.outputs}
     assert scaling["model.layers.1.mlp.down_proj.weight"] == [0.5, 0.5]
     assert scaling["model.layers.2.mlp.down_proj.weight"] == [1.0, 1.0]
     assert scaling["lm_head.weight"] == [0.25, 0.25]
@@ -117,8 +117,8 @@ def test_slices_take_the_base_models_layers_of_the_same_range(models):
     outputs = _by_name(plan)
     first = outputs["model.layers.0.mlp.down_proj.weight"]
     assert first.base.key == first.experts[0].key == "model.layers.1.mlp.down_proj.weight"
-    assert first.method.scaling.tolist() == [0.0]
-    assert outputs["model.layers.1.mlp.down_proj.weight"].method.scaling.tolist() == [1.0]
+    assert first.method.scaling.of(1) == [0.0]
+    assert outputs["model.layers.1.mlp.down_proj.weight"].method.scaling.of(1) == [1.0]
 
 
 def test_lists_with_an_entry_a_layer_follow_the_slices(models):

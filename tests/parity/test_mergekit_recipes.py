@@ -1,4 +1,4 @@
-"""The same recipes by mergekit, where FASTMERGE_MERGEKIT names a python that has it.
+"""The same recipes by mergekit, where FASTMERGE_MERGEKIT_PYTHON names a python that has it.
 
 All of them in fp32, in which both should compute the same: outputs agree within 1e-5 of each
 tensor's norm, the bound of the table below.
@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from fastmerge.merge_command import run_merge
 
-from .test_merge_jobs import _tiny
-from .tiny_models import write_tokenizer
-from .tolerances import PARITY
+from ..test_merge_jobs import _tiny
+from ..tiny_models import write_tokenizer
+from ..tolerances import PARITY
 
-PYTHON = os.environ.get("FASTMERGE_MERGEKIT")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="FASTMERGE_MERGEKIT names no python")
+PYTHON = os.environ.get("FASTMERGE_MERGEKIT_PYTHON")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="FASTMERGE_MERGEKIT_PYTHON names no python")
 
 SCRIPT = """
 import json, sys
