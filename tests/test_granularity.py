@@ -369,3 +369,29 @@ def test_initial_coefficients_from_another_granularity(tmp_path):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         Coefficients(["a", "b"], ["x", "y"], **({"shapes": [[4, 2], [4]]} | options))
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("granularity", ["block", "chunk"])
+def test_learning_and_resuming(tmp_path, granularity, parametrization):
+    torch.manual_seed(5)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    experts = make_experts(base, 3, scale=0.5)
+    batches = {"task": [torch.randn(16, 6)]}
+    options = {"granularity": granularity, "parametrization": parametrization}
+
+    def learned(steps, **more):
+        model = copy.deepcopy(base)
+        coefficients = fm.attach(model, experts, **options)
+        history = fm.learn(model, coefficients, batches, steps=steps, lr=1e-2, **more)
+        return coefficients, history
+
+    straight, history = learned(12)
+    assert history.loss[-1] < history.loss[0]
+    checkpoint = {"checkpoint": tmp_path / "learning.safetensors"}
+    learned(5, **checkpoint)
+    resumed, _ = learned(12, resume=True, **checkpoint)
+    assert torch.equal(resumed.raw, straight.raw)
+    options["parametrization"] = "tanh" if parametrization == "identity" else "identity"
+    with pytest.raises(ValueError, match="parametrization is"):
+        learned(12, resume=True, **checkpoint)
