@@ -102,16 +102,20 @@ def _views(weight):
     }
 
 
-def test_slices_of_rows_are_merged_weights():
+@pytest.mark.parametrize("granularity", ["layer", "chunk"])
+def test_slices_of_rows_are_merged_weights(granularity):
     torch.manual_seed(4)
     model = nn.Linear(6, 7).double()
-    coefficients = fm.attach(model, make_experts(model, 2), init=[0.2, 0.7]).double()
+    coefficients = fm.attach(model, make_experts(model, 2), granularity=granularity).double()
+    with torch.no_grad():
+        coefficients.raw.uniform_(0.1, 0.9)
     whole = model.weight.combined()
     x = torch.randn(3, 6, dtype=torch.float64)
     for what, (view, rows) in _views(model.weight).items():
         assert type(view) is MergedWeight and view.shape == whole[rows].shape, what
         assert view.base.data_ptr() == model.weight.base[rows].data_ptr(), what
-        y = nn.functional.linear(x, view)
+        bias = torch.randn(len(view), dtype=torch.float64)
+        y = nn.functional.linear(x, view, bias) - bias
         torch.testing.assert_close(y, x @ whole[rows].t())
         ours, theirs = (
             torch.autograd.grad(v.square().sum(), [coefficients.raw], retain_graph=True)[0]
