@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import ops
     from .attachment import attach, detach, materialize, remerge_
     from .backends import use_backend
+    from .chunking import important_chunks
     from .coefficients import Coefficients, load_coefficients
     from .coverage_report import coverage
     from .deltas import Dense, Experts
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attachment": ("attach", "detach", "materialize", "remerge_"),
     "backends": ("use_backend",),
+    "chunking": ("important_chunks",),
     "coefficients": ("Coefficients", "load_coefficients"),
     "coverage_report": ("coverage",),
     "deltas": ("Dense", "Experts"),
@@ -59,6 +61,7 @@ __all__ = [
     "coverage",
     "detach",
     "heat_map",
+    "important_chunks",
     "learn",
     "load_coefficients",
     "materialize",
