@@ -220,6 +220,40 @@ def magnitude_histogram(
     )
 
 
+def magnitude_bracket(
+    base: torch.Tensor | None,
+    delta: torch.Tensor,
+    low: int,
+    shift: int,
+    counts: torch.Tensor,
+    experts: bool = False,
+) -> None:
+    """Add to `counts` how many magnitudes |tau| are below, in the bins of, and above a bracket.
+
+    With u the 31 bits of fp32 |tau|: counts[0] counts u < low, counts[1 + j] those with
+    (u - low) >> shift = j, the last one the rest.
+
+    Args:
+        base, delta: tensors of one size; base may be None without `experts`.
+        low, shift: the bracket.
+        counts: int64 [bins + 2], added to.
+        experts: whether delta holds fine-tuned weights.
+    """
+    cpu.magnitude_bracket(
+        _address(base if experts else None),
+        delta.data_ptr(),
+        delta.numel(),
+        _code([base] if experts else []),
+        _code([delta]),
+        experts,
+        low,
+        shift,
+        counts.numel() - 2,
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 def ties_merge(
     base: torch.Tensor | None,
     deltas: Sequence[torch.Tensor],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -164,3 +165,47 @@ def test_arguments_out_of_range(arguments, message):
 def test_errors_name_the_argument(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         magnitude_threshold(**(dict(deltas=torch.arange(5.0), density=0.5) | arguments))
+
+
+def test_a_sampled_bracket_finds_the_exact_magnitude(backend, monkeypatch):
+    """Large vectors are sampled; the result is that of sorting, whatever the sample says."""
+    module = sys.modules["fastmerge.ops.magnitude_threshold"]
+    monkeypatch.setattr(module, "SAMPLED_FROM", 1 << 12)
+    monkeypatch.setattr(module, "MAX_BRACKET", 1 << 23)  # few entries are sampled here
+    reads = []
+    bracket_op, histogram = module.magnitude_bracket, module._exact
+    monkeypatch.setattr(
+        module, "magnitude_bracket", lambda *a, **k: reads.append("bracket") or bracket_op(*a, **k)
+    )
+    monkeypatch.setattr(module, "_exact", lambda *a: reads.append("exact") or histogram(*a))
+    smooth = random(40_000, torch.float32, seed=5)
+    # every sampled entry is a thousand times smaller than the others
+    misleading = smooth.clone()
+    misleading[: 40_000 // 256 * 256].view(-1, 256)[:, :16] *= 1e-3
+    cases = {
+        "smooth": (smooth, ["bracket"]),
+        "misleading": (misleading, ["bracket", "exact"]),
+        "equal": (torch.full((40_000,), -0.5), ["bracket"]),
+        "zeros": (torch.where(smooth > 1, smooth, 0.0), ["bracket"]),
+        "nan": (torch.where(smooth > 0, smooth, math.nan), ["bracket"]),
+    }
+    for name, (values, expected_reads) in cases.items():
+        for density in (0.01, 0.2, 1.0):
+            reads.clear()
+            found = magnitude_threshold(values, density=density)
+            expected = by_sorting(values.abs(), density)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            if density == 0.2:
+                assert reads == expected_reads, name
+
+
+def test_a_sample_over_experts_in_several_tensors(backend, monkeypatch):
+    module = sys.modules["fastmerge.ops.magnitude_threshold"]
+    monkeypatch.setattr(module, "SAMPLED_FROM", 1 << 12)
+    monkeypatch.setattr(module, "MAX_BRACKET", 1 << 23)
+    bases = [random(s, torch.bfloat16, 3 + i) for i, s in enumerate([(300, 70), (17,), (9000,)])]
+    experts = [b + 0.1 * random(tuple(b.shape), torch.bfloat16, 9) for b in bases]
+    pairs = zip(experts, bases, strict=True)
+    together = torch.cat([(e.float() - b.float()).flatten() for e, b in pairs])
+    found = magnitude_threshold(experts, density=0.3, base=bases)
+    assert found == by_sorting(together.abs(), 0.3)

@@ -266,6 +266,33 @@ def test_magnitude_histogram(size: int, dtype: torch.dtype, experts: bool) -> No
     assert np.array_equal(counts.numpy(), np.stack([high, low]))
 
 
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitude_bracket(size: int, dtype: torch.dtype, experts: bool) -> None:
+    base = random_tensor(size, dtype, 0, offset=1)
+    delta = random_tensor(size, dtype, 1, offset=1)
+    delta[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")], dtype=dtype)[:size]
+    tau = task_vectors(base, [delta], experts)[0]
+    magnitude = torch.where(tau.isnan(), torch.tensor(POISON), tau.abs())
+    bits = magnitude.numpy().view(np.int32).astype(np.int64)
+    middle = int(np.median(bits)) if size else 1 << 29
+    brackets = [(0, 20, 2048), (middle, 0, 1), (max(0, middle - 5000), 3, 4000), (0x7F000000, 8, 1)]
+    brackets.append(((1 << 31) - 1, 30, 5))  # reaches past the largest bits there are
+
+    def run():
+        results = []
+        for low, shift, bins in brackets:
+            counts = torch.full((bins + 2,), 7, dtype=torch.int64)
+            _native.magnitude_bracket(base, delta, low, shift, counts, experts)
+            results.append(counts - 7)
+        return tuple(results)
+
+    for (low, shift, bins), counts in zip(brackets, same_everywhere(run), strict=True):
+        places = np.where(bits < low, 0, 1 + np.minimum((bits - low) >> shift, bins))
+        assert np.array_equal(counts.numpy(), np.bincount(places, minlength=bins + 2))
+
+
 def test_histogram_of_a_shared_table_equals_one_threads() -> None:
     delta = random_tensor(1_100_003, torch.float32, 1)
     expected = np.bincount(delta.abs().numpy().view(np.int32) >> 15, minlength=65536)

@@ -169,6 +169,13 @@ CASES = {
             "shape": ([base(), SHORT, 0, 0, False], r"base is \[5, 6\]"),
         },
     ),
+    "magnitude_bracket": Case(
+        lambda: [[base(), None, 1 << 29, 18, 4096], [base(BF16), base(BF16), 0, 15, 65536]],
+        lambda: {
+            "dtype": ([INTEGERS, None, 0, 0, 1], "delta must be a floating-point tensor"),
+            "shape": ([base(), SHORT, 0, 0, 1], r"base is \[5, 6\]"),
+        },
+    ),
     "ties_merge_out": Case(
         lambda: [
             [base(dtype), deltas(), torch.ones(3), base(), experts, True, merge, 0.5, 1]

@@ -118,6 +118,17 @@ void magnitude_histogram(uintptr_t base, uintptr_t delta, int64_t size, int base
                                  level, base_dtype, delta_dtype, experts, threads});
 }
 
+void magnitude_bracket(uintptr_t base, uintptr_t delta, int64_t size, int base_dtype,
+                       int delta_dtype, bool experts, int64_t low, int shift, int64_t bins,
+                       uintptr_t counts, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  py::gil_scoped_release release;
+  kernels().magnitude_bracket({pointer<const void>(base), pointer<const void>(delta),
+                               pointer<int64_t>(counts), size, low, bins, shift, base_dtype,
+                               delta_dtype, experts, threads});
+}
+
 void ties_merge(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t out,
                 uintptr_t stats, int64_t size, int base_dtype, int delta_dtype, int out_dtype,
                 bool experts, int merge, float scaling, int majority, bool add_base, int threads) {
@@ -314,6 +325,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("coefficient_grad", &coefficient_grad);
   m.def("combine_and_dot", &combine_and_dot);
   m.def("magnitude_histogram", &magnitude_histogram);
+  m.def("magnitude_bracket", &magnitude_bracket);
   m.def("ties_merge", &ties_merge);
   m.def("ties_masks", &ties_masks);
   m.def("magnitude_masks", &magnitude_masks);

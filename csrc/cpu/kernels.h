@@ -9,6 +9,7 @@ void weighted_sum(const WeightedSumParams& p);
 void coefficient_grad(const CoefficientGradParams& p);
 void combine_and_dot(const CombineAndDotParams& p);
 void magnitude_histogram(const MagnitudeHistogramParams& p);
+void magnitude_bracket(const MagnitudeBracketParams& p);
 void ties_merge(const TiesMergeParams& p);
 void ties_masks(const TiesMasksParams& p);
 void magnitude_masks(const MagnitudeMasksParams& p);

@@ -2,6 +2,7 @@
 
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
+from .magnitude_bracket import magnitude_bracket
 from .magnitude_masks import magnitude_masks
 from .magnitude_threshold import magnitude_threshold
 from .masked_merge import masked_merge, masked_sums
@@ -18,6 +19,7 @@ __all__ = [
     "combine_and_dot",
     "exact_sums",
     "exact_value",
+    "magnitude_bracket",
     "magnitude_masks",
     "magnitude_threshold",
     "masked_merge",

@@ -114,10 +114,33 @@ def check_float(op: str, argument: str, tensor: Tensor) -> None:
     )
 
 
+def check_magnitudes(op: str, delta: Tensor, base: Tensor | None) -> None:
+    """A delta whose magnitudes are counted, and a base of its shape and device if it is an expert.
+
+    Raises:
+        RuntimeError: names the argument.
+    """
+    check_float(op, "delta", delta)
+    if base is None:
+        return
+    check_float(op, "base", base)
+    check(
+        base.shape == delta.shape and base.device == delta.device,
+        lambda: (
+            f"{op}: base is {list(base.shape)} on {base.device}, "
+            f"expected {list(delta.shape)} on {delta.device} as delta"
+        ),
+    )
+
+
 def check_deltas(op: str, base: Tensor, deltas: Sequence[Tensor], base_name: str = "base") -> None:
     """Deltas: at least one, one dtype, and the shape and device of `base`."""
     check_float(op, base_name, base)
     check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    kind = (base.shape, deltas[0].dtype, base.device)
+    if all((delta.shape, delta.dtype, delta.device) == kind for delta in deltas):
+        check_float(op, "deltas[0]", deltas[0])
+        return  # nothing to name: this runs on every call of every op
     for k, delta in enumerate(deltas):
         check(
             delta.shape == base.shape,

@@ -99,6 +99,22 @@ struct MagnitudeHistogramParams {
   int threads;
 };
 
+// Adds to counts. With u the 31 bits of the fp32 |tau|: counts[0] counts u < low, counts[1 + j]
+// (u - low) >> shift = j, and counts[1 + bins] the rest.
+struct MagnitudeBracketParams {
+  const void* base;  // null without experts
+  const void* delta;
+  int64_t* counts;  // [bins + 2]
+  int64_t size;
+  int64_t low;
+  int64_t bins;
+  int shift;
+  int base_dtype;
+  int delta_dtype;
+  bool experts;
+  int threads;
+};
+
 // How TIES joins the values that agree with the elected sign.
 enum class Merge { kMean = 0, kSum = 1, kMax = 2 };
 
@@ -254,6 +270,7 @@ struct KernelTable {
   void (*coefficient_grad)(const CoefficientGradParams&);
   void (*combine_and_dot)(const CombineAndDotParams&);
   void (*magnitude_histogram)(const MagnitudeHistogramParams&);
+  void (*magnitude_bracket)(const MagnitudeBracketParams&);
   void (*ties_merge)(const TiesMergeParams&);
   void (*ties_masks)(const TiesMasksParams&);
   void (*magnitude_masks)(const MagnitudeMasksParams&);
