@@ -13,6 +13,7 @@ from fastmerge.coefficients import Coefficients
 from fastmerge.jobs.places import find_folders
 from fastmerge.jobs.planning import make_plan
 from fastmerge.jobs.recipe import RecipeError, read_recipe
+from fastmerge.jobs.templates import TEMPLATES
 from fastmerge.methods import Average, TaskArithmetic, Ties, Weighted
 
 from .tiny_models import tensors_of, words, write_model
@@ -336,3 +337,36 @@ def test_chat_template(models, wanted, expected):
 def test_an_unknown_chat_template_is_refused(models):
     with pytest.raises(RecipeError, match="'chatmol' is no template; expected auto, alpaca"):
         _plan(**SCALED, chat_template="chatmol")
+
+
+CHAT = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
+RENDERED = {
+    "chatml": (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n"
+        "<|im_start|>assistant\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "llama3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nA<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nC<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "mistral": "<s>[INST] S\n\nA [/INST] B</s>[INST] C [/INST]",
+    "alpaca": (
+        "S\n\n### Instruction:\nA\n\n### Response:\nB</s>\n\n### Instruction:\nC\n\n### Response:\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_named_chat_templates_render(name):
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(TEMPLATES[name]).render(
+        messages=[{"role": role, "content": content} for role, content in CHAT],
+        bos_token="<s>",
+        eos_token="</s>",
+        add_generation_prompt=True,
+    )
+    assert text == RENDERED[name]

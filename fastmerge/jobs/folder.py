@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.header import parse_json
+from ..checkpoint.index import check_inside
 from .layers import layer_counts
 from .templates import TEMPLATES
 from .yaml_reader import RecipeError
 
 MAX_FILE = 256 << 20
+MAX_DEPTH = 32
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
@@ -31,10 +33,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that others wrote.
 
     Raises:
-        RecipeError: too large.
-        CheckpointError: not a JSON object.
+        RecipeError: too large or nested too deeply.
+        CheckpointError: not a JSON object, or a link that leads out of its folder.
     """
-    return parse_json(_read(path), str(path))
+    value = parse_json(_read(path), str(path))
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+        if not level:
+            return value
+    raise RecipeError(f"{path}: nested deeper than {MAX_DEPTH} levels")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,6 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
+    check_inside(path.parent, path.name)
     size = path.stat().st_size
     if size > MAX_FILE:
         raise RecipeError(f"{path}: {size} bytes, expected at most {MAX_FILE}")
@@ -158,7 +168,7 @@ def chat_template(
             "Jinja text"
         )
     files = {name: data for name, data in files.items() if name not in _TEMPLATE_FILES}
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
     files["tokenizer_config.json"] = dump_json({**config, "chat_template": text})
     files["chat_template.jinja"] = text.encode()
     return files

@@ -25,6 +25,7 @@ from .sources import Finder, Report
 from .tokenizing import Aligned, align_models
 from .yaml_reader import RecipeError
 
+MAX_LAYERS = 4096  # of an output; a recipe can repeat layers as often as it likes
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -145,6 +146,7 @@ class _Planner:
             self.chosen = choice.select(floats)
         self.weighted = self._weighted(beside)
         self.layer_sources: list[int] | None = None
+        self.layer_names: dict[ModelName, dict[int, list[str]]] = {}
 
     @property
     def is_sliced(self) -> bool:
@@ -210,17 +212,25 @@ class _Planner:
         base = part.base or self.recipe.base
         leader = next((s for s in part.sources if s.model == base), part.sources[0])
         count = leader.layers[1] - leader.layers[0]
+        if len(self.layer_sources) + count > MAX_LAYERS:
+            raise RecipeError(f"slices: more than {MAX_LAYERS} layers in all")
         for step in range(count):
             number = len(self.layer_sources)
             layer = leader.layers[0] + step
             self.layer_sources.append(layer)
-            prefix = f"{stack}{layer}."
-            for key in self.models[leader.model].tensors:
-                if key.startswith(prefix):
-                    rest = key.removeprefix(prefix)
-                    keys = tuple(f"{stack}{s.layers[0] + step}.{rest}" for s in part.sources)
-                    name, t = f"{stack}{number}.{rest}", relative_position(step, count)
-                    yield _Tensor(name, part, keys, key, t)
+            t = relative_position(step, count)
+            for rest in self._layer(leader.model, layer):
+                keys = tuple(f"{stack}{s.layers[0] + step}.{rest}" for s in part.sources)
+                yield _Tensor(f"{stack}{number}.{rest}", part, keys, f"{stack}{layer}.{rest}", t)
+
+    def _layer(self, name: ModelName, layer: int) -> list[str]:
+        """Names of a layer's tensors without stack and number."""
+        if name not in self.layer_names:
+            model, found = self.models[name], {}
+            for _, number, rest in filter(None, map(model.stacks.locate, model.tensors)):
+                found.setdefault(number, []).append(rest)
+            self.layer_names[name] = found
+        return self.layer_names[name][layer]
 
     def _stack(self, model: Model) -> str:
         if len(model.stacks.sizes) != 1:
