@@ -169,16 +169,21 @@ def _embedding(
 def _patch_convolution(
     input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1
 ) -> Tensor:
-    """Convolution with stride = kernel size as a merged linear layer on unfolded patches."""
+    """Convolution with stride = kernel size, or a kernel of one entry, as merged linear layer."""
     if not is_merged(weight) or is_merged(input):
         return NotImplemented
     kernel = list(weight.base.shape[2:])
     spatial = len(kernel)
-    expanded = [list(v) if isinstance(v, (tuple, list)) else [v] * spatial for v in (stride,)]
+    strides = list(as_tuple(stride))
+    strides = strides * spatial if len(strides) == 1 else strides
     no_padding = padding == "valid" or all(p == 0 for p in as_tuple(padding))
     undilated = all(d == 1 for d in as_tuple(dilation)) or math.prod(kernel) == 1
     batched = input.dim() == spatial + 2
-    if expanded[0] != kernel or not (no_padding and undilated and batched) or groups != 1:
+    if not (no_padding and undilated and batched) or groups != 1:
+        return NotImplemented
+    if math.prod(kernel) == 1:  # a 1 x 1 kernel looks at one place per stride
+        input = input[(..., *(slice(None, None, step) for step in strides))]
+    elif strides != kernel:
         return NotImplemented
     counts = [size // k for size, k in zip(input.shape[2:], kernel, strict=True)]
     cropped = input
@@ -247,7 +252,18 @@ def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
 
 @implements(torch.Tensor.__getitem__)
 def _getitem(input: Tensor, index: Any) -> Tensor:
-    if not is_merged(input) or not isinstance(index, slice) or input.base.dim() == 0:
+    """w[a:b], and w[i] of stacked weights [E, O, I], of which each expert layer uses its own."""
+    if not is_merged(input) or input.base.dim() == 0:
         return NotImplemented
-    start, stop, step = index.indices(input.base.shape[0])
-    return input.rows(start, max(start, stop)) if step == 1 else NotImplemented
+    if isinstance(index, slice):
+        start, stop, step = index.indices(input.base.shape[0])
+        return input.rows(start, max(start, stop)) if step == 1 else NotImplemented
+    number = isinstance(index, int) and not isinstance(index, bool)
+    if isinstance(index, Tensor) and index.dim() == 0 and not torch.compiler.is_compiling():
+        number = not (index.is_floating_point() or index.dtype == torch.bool)
+    if not number or input.base.dim() < 3:
+        return NotImplemented
+    index, rows = int(index), input.base.shape[0]
+    if not -rows <= index < rows:
+        raise IndexError(f"index {index} of merged weight {input.name!r} with {rows} rows")
+    return input.part(index % rows)

@@ -129,6 +129,15 @@ class MergedWeight(torch.Tensor):
             self.detached,
         )
 
+    def part(self, index: int) -> Tensor:
+        """Entry `index` of the first dimension as a merged weight of one dimension less; a built
+        copy of it in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return self.combined()[index]
+        base, deltas = self.base[index], self.deltas.map(lambda t: t[index])
+        row = next(row for start, stop, row in self.spans if start <= index < stop)
+        return self._view(base, deltas, ((0, base.shape[0], row),), self.detached)
+
     def _view(self, base: Tensor, deltas: Deltas, spans: Spans, detached: bool) -> MergedWeight:
         view = MergedWeight(base, deltas, self.coefficients, self.index, spans)
         view.uses, view.detached, view.is_parameter = self.uses, detached, False

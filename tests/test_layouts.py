@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import fastmerge as fm
 
-from .layouts import IDS, LAYOUTS, outputs, transformers
+from .layouts import DECODER, IDS, LAYOUTS, outputs, transformers
 from .plain import built_call, built_weights, make_experts
 
 
@@ -134,7 +134,7 @@ def test_gradients_of_tied_weights_add_up():
 
 BUILT = {
     "k > stride convolutions": ("encoder.conv1", "encoder.conv2", "dwconv", "embedder.embedder",
-                                "layer.1.convolution", "shortcut.convolution"),
+                                "layer.1.convolution"),
     "tables used whole": ("position_embedding", "embed_positions", "pos_embed", "token_type",
                           "positional_embedding", "relative_attention_bias", "cls_token"),
 }  # fmt: skip
@@ -192,14 +192,16 @@ class _Convolutions(nn.Module):
         self.patch2 = nn.Conv2d(3, 4, (2, 3), stride=(2, 3))
         self.plain = nn.Conv2d(4, 5, 3, padding=1, stride=2)
         self.grouped = nn.Conv2d(5, 5, 1, groups=5)
+        self.strided = nn.Conv2d(5, 5, 1, stride=(2, 1))
+        self.small = nn.Conv1d(5, 5, 1, stride=3)
         self.norm = nn.GroupNorm(1, 5)
         self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
 
     def forward(self, x):
         x = self.patch1(x)  # [B, 3, N]
         x = x.view(x.shape[0], 3, 7, -1)
-        x = self.norm(self.grouped(self.plain(self.patch2(x))))
-        x = x.flatten(2).transpose(1, 2)
+        x = self.norm(self.strided(self.grouped(self.plain(self.patch2(x)))))
+        x = self.small(x.flatten(2)).transpose(1, 2)
         return self.attention(x, x, x, need_weights=False)[0]
 
 
@@ -209,7 +211,7 @@ def test_convolutions_and_attention():
     experts = make_experts(model, 2)
     plain = copy.deepcopy(model)
     coefficients = fm.attach(model, experts).double()
-    x = torch.randn(2, 2, 4 * 7 * 11 + 3, dtype=torch.float64)
+    x = torch.randn(2, 2, 4 * 7 * 31 + 3, dtype=torch.float64)
 
     def loss(forward):
         return forward(x).square().sum()
@@ -220,7 +222,51 @@ def test_convolutions_and_attention():
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     uses = {name: use for name, use, _ in fm.coverage(model)}
     assert uses["patch1.weight"] == {"patches": 1} and uses["patch2.weight"] == {"patches": 1}
-    assert uses["plain.weight"] == {"built": 1}
+    assert uses["strided.weight"] == {"patches": 1} and uses["small.weight"] == {"patches": 1}
+    assert uses["plain.weight"] == {"built": 1} and uses["grouped.weight"] == {"built": 1}
+
+
+@pytest.mark.parametrize("cell", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers(cell):
+    """They keep lists of their weights besides the parameters."""
+    torch.manual_seed(6)
+    model = cell(4, 5, num_layers=2, bidirectional=True, batch_first=True).double()
+    experts = make_experts(model, 2)
+    plain = copy.deepcopy(model)
+    coefficients = fm.attach(model, experts).double()
+    inputs, probes = {"input": torch.randn(2, 3, 4, dtype=torch.float64)}, []
+
+    def output(forward):
+        return lambda **given: forward(**given)[0]
+
+    ours = _gradients(output(model), inputs, "input", [coefficients.raw], probes)
+    raw = coefficients.raw.detach().clone().requires_grad_()
+    theirs = built_call(
+        plain, experts, raw, lambda f: _gradients(output(f), inputs, "input", [raw], probes)
+    )
+    _assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_mixture_of_experts(implementation):
+    """Stacked weights [E, O, I]: each expert layer's own slice is computed with, not built."""
+    torch.manual_seed(7)
+    config = transformers.MixtralConfig(
+        **DECODER, num_local_experts=4, num_experts_per_tok=2, experts_implementation=implementation
+    )
+    model = transformers.MixtralForCausalLM(config).double().eval()
+    experts = make_experts(model, 2)
+    plain = copy.deepcopy(model)
+    coefficients = fm.attach(model, experts).double()
+    inputs, probes = {"input_ids": torch.tensor(IDS)}, []
+    ours = _gradients(model, inputs, "input_ids", [coefficients.raw], probes)
+    raw = coefficients.raw.detach().clone().requires_grad_()
+    theirs = built_call(
+        plain, experts, raw, lambda f: _gradients(f, inputs, "input_ids", [raw], probes)
+    )
+    _assert_close(ours, theirs)
+    ways = {way for n, use, _ in fm.coverage(model) if "mlp.experts" in n for way in use}
+    assert ways == {"merged_linear" if implementation == "eager" else "built"}
 
 
 def test_products_with_a_weight_at_the_right():

@@ -127,6 +127,32 @@ def test_slices_of_rows_are_merged_weights(granularity):
     assert uses["merged_linear"] == len(_views(model.weight))
 
 
+@pytest.mark.parametrize("granularity", ["layer", "chunk"])
+def test_parts_of_stacked_weights_are_merged_weights(granularity):
+    torch.manual_seed(5)
+    model = nn.ParameterList([torch.randn(6, 3, 4, dtype=torch.float64)])
+    coefficients = fm.attach(model, make_experts(model, 2), granularity=granularity).double()
+    with torch.no_grad():
+        coefficients.raw.uniform_(0.1, 0.9)
+    weight, whole = model[0], model[0].combined()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for index in (0, 5, -2, torch.tensor(3), 4):
+        part = weight[index]
+        assert type(part) is MergedWeight and part.shape == (3, 4)
+        ours, theirs = (nn.functional.linear(x, w) for w in (part, whole[index]))
+        torch.testing.assert_close(ours, theirs)
+        gradients = [
+            torch.autograd.grad(y.square().sum(), [coefficients.raw], retain_graph=True)[0]
+            for y in (ours, theirs)
+        ]
+        torch.testing.assert_close(*gradients)
+        assert torch.equal(part[1:2] + 0.0, whole[index][1:2])
+    for index in (True, torch.tensor(True), torch.tensor([1, 2]), (1, 2)):
+        assert torch.equal(weight[index], whole[index])
+    with pytest.raises(IndexError, match="index 6 of merged weight '0' with 6 rows"):
+        weight[6]
+
+
 def test_other_slices_are_built():
     model = nn.Linear(6, 7).double()
     fm.attach(model, make_experts(model, 2))
