@@ -9,7 +9,7 @@ import torch
 
 from fastmerge import use_backend
 from fastmerge.ops import magnitude_masks, random_key, random_masks
-from fastmerge.ops._bits import pack_bits, set_bits, unpack_bits
+from fastmerge.ops._bits import count_words, pack_bits, set_bits, unpack_bits
 from fastmerge.ops.random_masks import draws, philox
 
 from .samples import LAYOUTS, SIZES, assert_same_bytes_for_threads, grid, laid_out, random, raw
@@ -206,3 +206,11 @@ def test_native_equals_the_reference():
         with use_backend(name):
             found.append(raw(random_masks([if_native] * 2, probabilities, key=-9, offset=11)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 63, 64, 65, 129, 1000])
+def test_words_are_counted(size):
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(size)) < 0.7
+    for chosen in (mask, mask | True, mask & False):
+        padded = torch.nn.functional.pad(chosen, (0, -size % 64)).view(-1, 64)
+        assert torch.equal(count_words(pack_bits(chosen)), padded.sum(1))

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..ops import magnitude_masks
-from ..ops._bits import set_bits
+from ..ops._bits import count_words, set_bits
 from ..ops.magnitude_threshold import BINS, LEVEL_BITS, magnitude_of_bits, refine
 from ._method import Block, Pass, Stats
+
+WORD = 64  # entries whose mask is counted at once
 
 Source = Callable[[Block], tuple[list[Tensor], Tensor | None]]
 Counts = Callable[[int, Sequence[int]], list[list[int]]]
@@ -194,30 +196,31 @@ class Cuts:
             new.append(replace(cut, bits=bits, position=position, equal=int(row[low])))
         return found.changed(new)
 
-    def _equal_entries(self, block: Block, cuts: Sequence[Cut]) -> list[Tensor]:
-        """Indices, in the whole tensor, of the entries equal to each cut's c."""
-        if not cuts:
-            return []
+    def _equal_entries(self, block: Block, cuts: Sequence[Cut]) -> Tensor:
+        """Entries equal to each cut's c, as packed masks [cuts, ceil(n / 8)]."""
         tensors, base = self.source(block)
         values = torch.stack([magnitude_of_bits(cut.bits, self.dtype) for cut in cuts])
         ends = torch.tensor([0, block.offset + tensors[0].numel()]).expand(len(cuts), 2)
         device = tensors[0].device
-        masks = magnitude_masks(
+        return magnitude_masks(
             [tensors[cut.delta] for cut in cuts],
             values.unsqueeze(1).expand(-1, 2).to(device),
             ends.to(device),
             base=base,
             offset=block.offset,
         )
-        return [set_bits(mask) + block.offset for mask in masks]
 
     def _index_bins(self, block: Block, stats: Stats, before: str) -> Tensor:
+        """Entries equal to c by bin; 64 entries, counted together, are in the bin of the first."""
         found: Found = stats[before]
-        rows = [
-            torch.bincount(entries // found.width, minlength=BINS)
-            for entries in self._equal_entries(block, found.open())
-        ]
-        return torch.stack(rows).cpu() if rows else torch.zeros(0, BINS, dtype=torch.int64)
+        cuts = found.open()
+        bins = torch.zeros(len(cuts), BINS, dtype=torch.int64)
+        if cuts:
+            for row, mask in zip(bins, self._equal_entries(block, cuts).cpu(), strict=True):
+                counts = count_words(mask)
+                starts = block.offset + WORD * torch.arange(len(counts))
+                row.index_add_(0, starts // found.width, counts)
+        return bins
 
     def _find_bin(self, histograms: Tensor, stats: Stats, before: str) -> Found:
         """Each open cut gets its bin as `index`, and `position` counts from the bin's start."""
@@ -231,22 +234,21 @@ class Cuts:
     def _indices_in_bin(self, block: Block, stats: Stats) -> Tensor:
         found: Found = stats["cuts_bins"]
         stop = block.offset + block.experts[0].numel()
-        rows = []
-        for cut in found.open():
-            row = torch.zeros(found.width, dtype=torch.int64)
-            if found.width > 1 and cut.index < stop and block.offset < cut.index + found.width:
-                entries = self._equal_entries(block, [cut])[0].cpu() - cut.index
-                row = torch.bincount(
-                    entries[(entries >= 0) & (entries < found.width)], minlength=found.width
-                )
-            rows.append(row)
-        return torch.stack(rows) if rows else torch.zeros(0, found.width, dtype=torch.int64)
+        length = found.width + WORD - 1
+        rows = torch.zeros(len(found.open()), length, dtype=torch.int64)
+        for row, cut in zip(rows, found.open(), strict=True):
+            if cut.index < stop and block.offset < cut.index + found.width:
+                entries = set_bits(self._equal_entries(block, [cut])[0].cpu())
+                starts = block.offset + entries // WORD * WORD - cut.index
+                inside = entries[(starts >= 0) & (starts < found.width)] + block.offset - cut.index
+                row += torch.bincount(inside, minlength=length)
+        return rows
 
     def _find_index(self, histograms: Tensor, stats: Stats) -> Found:
         found: Found = stats["cuts_bins"]
         new = []
         for cut, row in zip(found.open(), histograms, strict=True):
-            within = _locate(row, cut.ties)[0] if found.width > 1 else 0
+            within = _locate(row, cut.ties)[0]
             new.append(replace(cut, index=cut.index + within + 1))
         return found.changed(new)
 

@@ -76,7 +76,7 @@ def check(condition: bool, message: Callable[[], str]) -> None:
     """
     if condition is True:
         return
-    torch._check(condition, message)
+    torch._check(condition, message)  # noqa: TID251
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
@@ -166,14 +166,14 @@ def check_deltas(op: str, base: Tensor, deltas: Sequence[Tensor], base_name: str
 
 def check_source(op: str, deltas: Sequence[Tensor], base: Tensor | None) -> None:
     """Deltas that are task vectors, or experts like a base."""
-    torch._check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
     first, name = (deltas[0], "deltas[0]") if base is None else (base, "base")
     check_deltas(op, first, deltas, base_name=name)
 
 
 def check_width(op: str, tensor: Tensor, width: int) -> None:
     """Rows of `width` entries that divide the tensor; any positive width divides an empty one."""
-    torch._check(
+    check(
         width > 0 and tensor.numel() % width == 0,
         lambda: f"{op}: width {width} does not divide {tensor.numel()} entries into rows",
     )

@@ -12,6 +12,7 @@ from ._bits import pack_bits
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_source,
     register,
     register_no_gradient,
@@ -54,20 +55,18 @@ def _check(deltas, values, indices, base, offset):
     op = "magnitude_masks"
     check_source(op, deltas, base)
     for name, tensor in (("values", values), ("indices", indices)):
-        torch._check(
+        check(
             list(tensor.shape) == [len(deltas), 2] and tensor.device == deltas[0].device,
             lambda name=name, tensor=tensor: (
                 f"{op}: {name} is {list(tensor.shape)} on {tensor.device}, "
                 f"expected [{len(deltas)}, 2] on {deltas[0].device}"
             ),
         )
-    torch._check(
+    check(
         values.dtype in (torch.float32, torch.float64),
         lambda: f"{op}: values must be fp32 or fp64, got {values.dtype}",
     )
-    torch._check(
-        indices.dtype == torch.int64, lambda: f"{op}: indices must be int64, got {indices.dtype}"
-    )
+    check(indices.dtype == torch.int64, lambda: f"{op}: indices must be int64, got {indices.dtype}")
 
 
 def _reference(deltas, values, indices, base, offset):

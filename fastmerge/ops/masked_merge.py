@@ -12,6 +12,7 @@ from ._bits import unpack_bits
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_deltas,
     check_float,
     check_source,
@@ -107,7 +108,7 @@ def _check_masks(op, deltas, masks):
     if masks is None:
         return
     columns = (deltas[0].numel() + 7) // 8
-    torch._check(
+    check(
         masks.dtype == torch.uint8
         and masks.dim() == 2
         and masks.shape[0] in (1, len(deltas))
@@ -122,11 +123,11 @@ def _check_masks(op, deltas, masks):
 
 def _check(deltas, factors, masks, base, experts, add_base, elect, normalize):
     op = "masked_merge"
-    torch._check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
+    check(len(deltas) > 0, lambda: f"{op}: deltas is empty, expected K >= 1 tensors")
     first = deltas[0] if base is None else base
     check_deltas(op, first, deltas, base_name="deltas[0]" if base is None else "base")
     check_float(op, "factors", factors)
-    torch._check(
+    check(
         list(factors.shape) == [3, len(deltas)] and factors.device == first.device,
         lambda: (
             f"{op}: factors is {list(factors.shape)} on {factors.device}, "
@@ -134,8 +135,8 @@ def _check(deltas, factors, masks, base, experts, add_base, elect, normalize):
         ),
     )
     _check_masks(op, deltas, masks)
-    torch._check(base is not None or not (experts or add_base), lambda: f"{op}: experts need base")
-    torch._check(elect or not normalize, lambda: f"{op}: normalize needs elect")
+    check(base is not None or not (experts or add_base), lambda: f"{op}: experts need base")
+    check(elect or not normalize, lambda: f"{op}: normalize needs elect")
 
 
 def _masked(deltas, masks, base, experts, dtype):

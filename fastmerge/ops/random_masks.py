@@ -13,6 +13,7 @@ from ._bits import pack_bits
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_float,
     check_source,
     check_width,
@@ -110,7 +111,7 @@ def _check(deltas, probabilities, base, width, key, offset):
     check_source(op, deltas, base)
     check_width(op, deltas[0], width)
     check_float(op, "probabilities", probabilities)
-    torch._check(
+    check(
         list(probabilities.shape) == [len(deltas), 2] and probabilities.device == deltas[0].device,
         lambda: (
             f"{op}: probabilities is {list(probabilities.shape)} on {probabilities.device}, "

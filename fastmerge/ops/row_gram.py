@@ -16,6 +16,7 @@ from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
     as_task_vector,
+    check,
     check_source,
     check_width,
     register,
@@ -111,11 +112,11 @@ register_no_gradient("row_gram")
 
 
 def _check_values(values):
-    torch._check(
+    check(
         values.dtype == torch.float64,
         lambda: f"exact_sums: values must be torch.float64, got {values.dtype}",
     )
-    torch._check(
+    check(
         values.dim() == 2,
         lambda: f"exact_sums: values has shape {list(values.shape)}, expected [rows, columns]",
     )
