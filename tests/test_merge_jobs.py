@@ -73,6 +73,43 @@ def test_recipes_give_what_merge_gives_in_memory(models, method, written, given)
     _equal(found, fm.merge(states[0], states[1:], method=method, **given))
 
 
+WEIGHTED = [
+    ("ties", {"density": 0.4, "lambda": 0.8}, "weighted_ties", {"density": 0.4, "scaling": 0.8}),
+    ("dare_ties", {"density": 0.4}, "dare_ties", {"density": 0.4}),
+    (
+        "dare_linear", {"density": 0.5, "rescale": "density"},
+        "dare_linear", {"density": 0.5, "rescale": "density"},
+    ),
+    (
+        "della", {"density": 0.5, "epsilon": 0.1, "normalize": False},
+        "della", {"density": 0.5, "epsilon": 0.1, "normalize": False},
+    ),
+    ("breadcrumbs", {"gamma": 0.1}, "breadcrumbs", {"gamma": 0.1}),
+    ("linear", {"normalize": False}, "linear", {"normalize": False}),
+    ("nuslerp", {}, "nuslerp", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "written", "name", "given"), WEIGHTED)
+def test_methods_of_mergekit_give_what_merge_gives_in_memory(models, method, written, name, given):
+    """Weights and seed reach the method, by the names that mergekit has for them."""
+    weights = [0.7, 0.4]
+    recipe = {
+        "merge_method": method,
+        **({} if method == "linear" else {"base_model": "base"}),
+        "models": [
+            {"model": expert, "parameters": {"weight": weight}}
+            for expert, weight in zip("ab", weights, strict=True)
+        ],
+        "parameters": written,
+        "seed": 5,
+    }
+    states = [_stored(folder) for folder in NAMES]
+    expected = fm.merge(states[0], states[1:], name, weight=weights, seed=5, **given)
+    _equal(_run(recipe), expected)
+    _equal(_run({**recipe, "seed": 4}, "again", seed=5), expected)
+
+
 @pytest.mark.parametrize(("method", "_", "given"), OWN)
 def test_merge_of_folders_gives_what_it_gives_in_memory(models, method, _, given):
     out = fm.merge("base", ["a", models / "b"], method=method, out="out", **given)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastmerge.jobs.dialect import DIALECTS, OWN, REQUIRED, Knob
-from fastmerge.jobs.layers import find_stacks
+from fastmerge.jobs.layers import find_stacks, relative_position
 from fastmerge.jobs.recipe import ModelName, RecipeError, read_recipe
 from fastmerge.jobs.settings import evaluate, read_setting, resolve
 from fastmerge.jobs.yaml_reader import read_yaml
@@ -42,6 +42,13 @@ def test_a_recipe_is_read():
     assert [source.layers for source in only.sources] == [None, None, None]
     assert recipe.dtype == "float16" and recipe.tokenizer is None
     assert "int8_mask" not in recipe.parameters
+
+
+def test_a_folder_is_one_model_however_it_is_written():
+    recipe = read_recipe(
+        "{merge_method: model_stock, base_model: ./x/base/, models: [x/base, x//a, x/./b+./c/]}"
+    )
+    assert [str(m) for m in recipe.models()] == ["x/base", "x/a", "x/b+c"]
 
 
 def test_slices_are_read():
@@ -380,3 +387,8 @@ def test_dialects_name_the_methods_parameters(name):
 
 
 EXCEPTED = {("task_arithmetic", "lambda"), ("average", "weight")}
+
+
+def test_positions_run_from_0_to_1_and_a_single_layer_is_the_last():
+    assert [relative_position(layer, 5) for layer in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert relative_position(0, 1) == 1.0

@@ -210,7 +210,7 @@ def _measure(key: str, shape: tuple[int, ...], base: Model, experts: Sequence[Mo
 
 
 def _measure_block(base: Tensor, vectors: Tensor) -> Measure:
-    """Measure of a block: base [n], task vectors [K, n] in fp32, n < 2^24."""
+    """Measure of a block: base [n], task vectors [K, n] in fp32, which it overwrites."""
     parts = list(vectors.unbind())
     products = torch.stack([coefficient_grad(part, Dense(parts)).double() for part in parts])
     signs = vectors.sign_()
@@ -222,8 +222,9 @@ def _measure_block(base: Tensor, vectors: Tensor) -> Measure:
 
 
 def _counts(signs: Tensor) -> Tensor:
-    """[K, K] sums of products of signs, exact: whole numbers in a dtype that holds them."""
-    return torch.stack([(signs * row).sum(1, dtype=torch.float64) for row in signs])
+    """[K, K] sums of products of signs, whole numbers that the dtype of the product holds."""
+    wide = signs if signs.shape[1] < 1 << 24 else signs.double()
+    return (wide @ wide.T).double()
 
 
 def _warnings(names: Sequence[str], total: Measure) -> Iterator[str]:

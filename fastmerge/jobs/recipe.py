@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,7 +315,10 @@ def _parameter_names(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read_model_name(raw: Any, where: str) -> ModelName:
-    """A model: `folder`, `folder+adapter`, or a mapping with `model` and `lora`."""
+    """A model: `folder`, `folder+adapter`, or a mapping with `model` and `lora`.
+
+    `./base/` and `base` are one model.
+    """
     if isinstance(raw, dict):
         part = _mapping(raw, where, ("model", "lora", "path", "revision", "override_architecture"))
         for key in ("revision", "override_architecture"):
@@ -333,8 +337,8 @@ def read_model_name(raw: Any, where: str) -> ModelName:
         folder, _, adapter = text.partition("+")
         if not folder or not adapter or "+" in adapter:
             raise RecipeError(f"{where}: expected folder or folder+adapter, got {text!r}")
-        return ModelName(folder, adapter)
-    return ModelName(text)
+        return ModelName(os.path.normpath(folder), os.path.normpath(adapter))
+    return ModelName(os.path.normpath(text))
 
 
 def _tokenizer(top: Mapping[str, Any]) -> Tokenizer | None:
