@@ -21,6 +21,7 @@ FIELDS = (
     "ratio",
     "of",
     "gb_per_s",
+    "peak_mib",
     "device",
     "threads",
     "torch",
@@ -109,14 +110,29 @@ class Results:
                     "ratio": round(ratios[name], 4),
                     "of": reference,
                     "gb_per_s": round(moved / value / 1e9, 2) if moved else "",
+                    "peak_mib": "",
                 }
                 | self.common
             )
         return ratios
 
-    def add_value(self, measure: str, case: str, variant: str, ratio: float, of: str) -> None:
-        """A row that is a ratio of something other than times."""
+    def add_value(
+        self,
+        measure: str,
+        case: str,
+        variant: str,
+        ratio: float,
+        of: str,
+        peak: int | None = None,
+    ) -> None:
+        """A row that is a ratio of something other than times in a common round.
+
+        Args:
+            peak: bytes, where the ratio is one of memory.
+        """
         row = {"measure": measure, "case": case, "variant": variant, "ratio": round(ratio, 4)}
+        if peak is not None:
+            row["peak_mib"] = round(peak / 2**20, 1)
         self.rows.append(dict.fromkeys(FIELDS, "") | row | {"of": of} | self.common)
 
     def write(self, path: Path) -> None:
@@ -131,6 +147,7 @@ class Results:
         lines[0] += f"{self.common['torch']}, commit {self.common['commit']}"
         for row in self.rows:
             speed = f"{row['gb_per_s']} GB/s" if row["gb_per_s"] != "" else ""
+            speed += f"{row['peak_mib']} MiB" if row["peak_mib"] != "" else ""
             time_ms = f"{row['median_ms']} ms" if row["median_ms"] != "" else ""
             lines.append(
                 f"{row['measure']:<3} {row['case']:<34} {row['variant']:<22} {time_ms:>14} "
