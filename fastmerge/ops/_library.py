@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 LIBRARY = torch.library.Library("fastmerge", "DEF")
 REGISTERED: dict[str, bool] = {}  # every op, and whether it has compiled kernels
@@ -40,22 +41,68 @@ def register(
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Register the gradient formula of an op."""
-    torch.library.register_autograd(
-        f"fastmerge::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    """Register the gradient formula of an op whose lists of tensors have no gradient.
+
+    What torch.library.register_autograd does, without flattening the lists of every call: that
+    takes longer than merging a bias.
+
+    Args:
+        name: the op.
+        backward: (ctx, *output gradients) -> a gradient or None for each argument;
+            ctx.needs_input_grad[i + 1] says whether argument i wants one.
+        setup_context: (ctx, inputs, output); refuses lists of tensors that require grad.
+    """
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, run, *args):
+            result = run(args)
+            setup_context(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *backward(ctx, *grads)  # none for `run`
+
+    _register_autograd(name, lambda run, args: Node.apply(run, *args))
 
 
 def register_no_gradient(name: str) -> None:
     """Make differentiating through an op an error instead of torch's silent wrong gradient."""
 
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"fastmerge::{name} is not differentiable: second derivatives of merged weights need "
-            "torch.func (torch.func.hessian, or grad of grad)"
-        )
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, run, args, *tensors):
+            return run(args)
 
-    register_gradient(name, backward, lambda ctx, inputs, output: None)
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"fastmerge::{name} is not differentiable: second derivatives of merged weights "
+                "need torch.func (torch.func.hessian, or grad of grad)"
+            )
+
+    def differentiable(run, args):
+        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        return Node.apply(run, args, *tensors)
+
+    _register_autograd(name, differentiable)
+
+
+def _register_autograd(name: str, differentiable: Callable) -> None:
+    """Register the op's autograd kernel; `differentiable(run, args)` is called if a gradient may
+    be wanted, where run(args) computes the op without one."""
+    op = getattr(torch.ops.fastmerge, name).default
+
+    def kernel(keyset, *args):
+        def run(args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        return differentiable(run, args) if wanted else run(args)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def refuse_gradient(op: str, argument: str, tensors: Tensor | Sequence[Tensor]) -> None:

@@ -219,7 +219,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, base, coefficients, *deltas = ctx.saved_tensors
-    need_x, need_lam, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    need_x, need_lam, need_bias = (ctx.needs_input_grad[i + 1] for i in (0, 3, 4))
     grad_x = grad_lam = grad_bias = None
     if need_x or need_lam:
         grad_x, grad_lam = torch.ops.fastmerge.merged_linear_backward(
@@ -229,7 +229,7 @@ def _backward(ctx, grad):
         grad_lam = grad_lam.to(coefficients.dtype) if need_lam else None
     if need_bias:
         grad_bias = as_rows(grad).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, [None] * len(deltas), grad_lam, grad_bias, None, None
+    return grad_x, None, None, grad_lam, grad_bias, None, None
 
 
 register(

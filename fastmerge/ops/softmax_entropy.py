@@ -79,7 +79,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return torch.ops.fastmerge.softmax_entropy_backward(grad, ctx.saved_tensors[0])
+    return (torch.ops.fastmerge.softmax_entropy_backward(grad, ctx.saved_tensors[0]),)
 
 
 register(

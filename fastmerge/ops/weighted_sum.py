@@ -132,7 +132,7 @@ def _backward(ctx, grad):
     saved = ctx.saved_tensors  # read once: checkpointing unpacks it only once
     deltas, base = saved[: ctx.count], saved[ctx.count :]
     dots = torch.ops.fastmerge.coefficient_grad(grad, deltas, base[0] if base else None)
-    return None, [None] * ctx.count, dots.to(ctx.coefficient_dtype), None, None
+    return None, None, dots.to(ctx.coefficient_dtype), None, None
 
 
 register(
