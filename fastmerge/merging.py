@@ -115,6 +115,7 @@ def merge(
             names=names,
             select=lambda found: _selected(found, include, exclude),
             seed=seed,
+            settings=params,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             **(job or {}),

@@ -114,8 +114,21 @@ def test_methods_of_mergekit_give_what_merge_gives_in_memory(models, method, wri
 def test_merge_of_folders_gives_what_it_gives_in_memory(models, method, _, given):
     out = fm.merge("base", ["a", models / "b"], method=method, out="out", **given)
     assert out == Path("out") and (out / "config.json").is_file()
+    card = (out / "README.md").read_text()
+    assert f"merge_method: {method}" in card and " object at " not in card
+    assert all(f"# {name} = {value!r}" in card for name, value in given.items())
     states = [_stored(name) for name in NAMES]
     _equal(_stored(out), fm.merge(states[0], states[1:], method=method, **given))
+
+
+@pytest.mark.parametrize("method", ["average", "linear", "task_arithmetic"])
+def test_the_base_can_be_an_expert_too(models, method):
+    fm.merge("base", ["base", "a"], method, out="out")
+    base, expert = _stored("base"), _stored("a")
+    _equal(_stored("out"), fm.merge(base, [base, expert], method))
+    fm.merge("base", ["base", "a"], coefficients=torch.tensor([0.5, 0.25]), out="learned")
+    expected = fm.merge(base, [base, expert], coefficients=torch.tensor([0.5, 0.25]))
+    _equal(_stored("learned"), expected)
 
 
 def test_merge_of_folders_selects_and_takes_coefficients(models):

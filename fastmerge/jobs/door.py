@@ -28,6 +28,7 @@ def merge_folders(
     names: Sequence[str] | None,
     select: Callable[[Sequence[str]], Collection[str]],
     seed: int,
+    settings: Mapping[str, Any],
     **options: Any,
 ) -> Path:
     """Merge checkpoint folders into a new one, as `fastmerge.merge` merges models in memory.
@@ -41,6 +42,7 @@ def merge_folders(
         names: the L tensors that rows of coefficients belong to.
         select: (names of floating-point tensors) -> those to merge; others are copied.
         seed: seed of random methods.
+        settings: the method's parameters as they were given, for the model card.
         options: for `fastmerge.jobs.engine.run`.
 
     Raises:
@@ -71,7 +73,7 @@ def merge_folders(
         chat_template=None,
         coefficients=None,
         seed=seed,
-        text=_describe(method, base, folders),
+        text=_describe(kind, settings, base, folders),
     )
     choice = Choice(method, coefficients, names, labels, select, reads_base=not ignores)
     plan, _ = make_plan(recipe, find_folders(recipe), choice=choice)
@@ -104,14 +106,15 @@ def _as_coefficients(
     return coefficients
 
 
-def _describe(method: Method | None, base: str | Path, folders: Sequence[str | Path]) -> str:
+def _describe(
+    kind: str, settings: Mapping[str, Any], base: str | Path, folders: Sequence[str | Path]
+) -> str:
     """What takes the recipe's place in the model card."""
     lines = [
-        f"merge_method: {'weighted' if method is None else method.name}",
+        f"merge_method: {kind}",
         f"base_model: {Path(base).name}",
         "models:",
         *(f"- {Path(folder).name}" for folder in folders),
+        *(f"# {name} = {value!r}" for name, value in settings.items()),
     ]
-    if method is not None:
-        lines += [f"# {key} = {value!r}" for key, value in vars(method).items()]
     return "\n".join(lines)

@@ -285,7 +285,9 @@ class _Planner:
             return None, tensor.base_key, experts
         base_key = next((key for s, _, key in experts if s.model == name), tensor.base_key)
         base = None if name is None else self.models[name]
-        return base, base_key, [expert for expert in experts if expert[0].model != name]
+        if self.choice is None:  # a recipe may list the base model, a caller's experts are experts
+            experts = [expert for expert in experts if expert[0].model != name]
+        return base, base_key, experts
 
     def _anchor(
         self,
@@ -359,7 +361,9 @@ class _Planner:
 
     def _weighted(self, beside: Path | None) -> Weighted | None:
         """The method of learned coefficients, from a file or the caller."""
-        experts = [s.model for s in self.recipe.slices[0].sources if s.model != self.recipe.base]
+        experts = [s.model for s in self.recipe.slices[0].sources]
+        if self.choice is None:
+            experts = [model for model in experts if model != self.recipe.base]
         names = [Path(str(model)).name for model in experts]
         if self.recipe.coefficients is not None:
             path = find_place(self.recipe.coefficients, beside)
