@@ -13,7 +13,17 @@ from fastmerge.checkpoint import Checkpoint, CheckpointError
 from fastmerge.checkpoint.writer import OutputLock
 from fastmerge.jobs import engine
 from fastmerge.jobs.plan import Output, Plan, Source
-from fastmerge.methods import Average, Block, Linear, Method, Pass, TaskArithmetic, Ties, Weighted
+from fastmerge.methods import (
+    Average,
+    Block,
+    Linear,
+    Method,
+    Pass,
+    TaskArithmetic,
+    Ties,
+    Weighted,
+    make_method,
+)
 
 from .checkpoints import dense, write_folder
 from .jobs import SHAPES, hash_folder, make_plan, model, small_blocks, write_models
@@ -141,8 +151,18 @@ def _of_dtype(output, dtype):
     return output.name, output.shape, dtype, output.method, output.base, output.experts
 
 
+REFUSING = {
+    "average": Average(),
+    "ties": Ties(),
+    "ties of each tensor": Ties(scope="tensor"),
+    "weighted_ties": make_method("weighted_ties", density=0.3),
+    "sce": make_method("sce"),
+    "copy": None,
+}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", [Average(), Ties(), None], ids=["average", "ties", "copy"])
+@pytest.mark.parametrize("method", REFUSING.values(), ids=REFUSING)
 def test_values_that_are_not_finite_are_named(tmp_path, method, value):
     folders = write_models(tmp_path)
     tensors = load_file(folders["expert0"] / "model-00001-of-00002.safetensors")

@@ -264,8 +264,11 @@ class Work:
         """A pass's measurement of a whole tensor, its blocks added in order."""
         total, known = None, stats.of(output.name)
         for number in range(cut.count):
-            block = self._next(output, cut, number, check, number + 1 < cut.count)
+            tells = step.nonfinite is not None
+            block = self._next(output, cut, number, check and not tells, number + 1 < cut.count)
             value = step.measure(block, known)
+            if check and tells and step.nonfinite(value):
+                self._reader.read(output, cut, number, True)  # raises if an input is to blame
             if number > 1 and step.reducer == "sum" and value.dtype == total.dtype:
                 total += value  # not the first two times: until then it may be the method's
             else:

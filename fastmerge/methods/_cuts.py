@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..ops import magnitude_masks
 from ..ops._bits import count_words, set_bits
-from ..ops.magnitude_threshold import BINS, LEVEL_BITS, magnitude_of_bits, refine
+from ..ops.magnitude_threshold import BINS, LEVEL_BITS, counts_nonfinite, magnitude_of_bits, refine
+from ._gram import task_points
 from ._method import Block, Pass, Stats
 
 WORD = 64  # entries whose mask is counted at once
@@ -140,12 +141,15 @@ class Cuts:
     def passes(self) -> list[Pass]:
         """The measure passes; stats["cuts"] is what `cut_values` and `cut_masks` need."""
         levels = len(LEVEL_BITS[self.dtype])
+        # A delta has a NaN or Inf wherever the base or its expert has.
+        tells = [level == 0 and self.source is task_points for level in range(levels)]
         steps = [
             Pass(
                 "cuts" if level + 1 == levels and not self.ties else f"cuts{level}",
                 "tensor",
                 partial(self._histograms, level=level),
                 finish=partial(self._descend, level=level),
+                nonfinite=partial(counts_nonfinite, dtype=self.dtype) if tells[level] else None,
             )
             for level in range(levels)
         ]

@@ -57,6 +57,8 @@ class Pass:
         measure: (block, stats of the passes before) -> tensor of a fixed shape.
         reducer: how measurements of blocks, tensors and ranks add up.
         finish: (reduced tensor, stats of the passes before) -> statistic.
+        nonfinite: measurement of a block -> False if the block's inputs are surely free of NaN and
+            Inf; None if the measurement does not tell, so that they must be looked at themselves.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Pass:
     measure: Callable[[Block, Stats], Tensor]
     reducer: Literal["sum", "max"] = "sum"
     finish: Callable[[Tensor, Stats], Any] = lambda reduced, stats: reduced
+    nonfinite: Callable[[Tensor], bool] | None = None
 
     def reduce(self, total: Tensor | None, value: Tensor) -> Tensor:
         """The total with one more block's measurement."""

@@ -12,6 +12,7 @@ from ..deltas import Experts
 from ..ops.magnitude_threshold import (
     LEVEL_BITS,
     check_density,
+    counts_nonfinite,
     magnitude_of_bits,
     rank_from_density,
     refine,
@@ -77,6 +78,7 @@ class Ties(Method):
                 self.scope,
                 partial(_histograms, level=level, double=dtype == torch.float64),
                 finish=partial(self._refine, level=level, dtype=dtype),
+                nonfinite=None if level else partial(counts_nonfinite, dtype=dtype),
             )
             for level in range(levels)
         ]

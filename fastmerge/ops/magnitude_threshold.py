@@ -177,6 +177,17 @@ def check_density(density: float) -> None:
         raise ValueError(f"density must be a fraction with 0 < density <= 1, got {density!r}")
 
 
+def counts_nonfinite(counts: Tensor, dtype: torch.dtype) -> bool:
+    """Whether histograms of level 0 count a NaN or Inf.
+
+    Args:
+        counts: int64 [..., 65536].
+        dtype: fp32 or fp64, the dtype the magnitudes were counted in.
+    """
+    infinity = 0x7F800000 if dtype == torch.float32 else 0x7FF0000000000000
+    return bool(counts[..., infinity >> sum(LEVEL_BITS[dtype][1:]) :].any())
+
+
 def refine(
     counts: Tensor, level: int, bits: int, position: int, dtype: torch.dtype
 ) -> tuple[int, int]:
