@@ -123,7 +123,8 @@ def _attached(**options):
     experts = make_experts(model, 3, scale=0.2)
     plain = copy.deepcopy(model)
     # one number alone leaves slerp no angle
-    exclude = "scale" if options.get("parametrization") == "slerp" else None
+    whole = options.get("parametrization") == "slerp" and "include" not in options
+    exclude = "scale" if whole else None
     coefficients = fm.attach(model, experts, clamp=None, exclude=exclude, **options).double()
     with torch.no_grad():
         coefficients.raw.add_(0.2 * torch.rand_like(coefficients.raw))
@@ -274,9 +275,11 @@ def test_row_blocks_give_the_bytes_of_whole_tensors():
     torch.testing.assert_close(whole, expected)
 
 
-@pytest.mark.parametrize("options", [CHUNKED, {"parametrization": "slerp"}], ids=["chunk", "slerp"])
-def test_compile_without_graph_breaks(options):
-    model, _, _, coefficients = _attached(**options)
+def test_compile_without_graph_breaks():
+    few = ("embed.*", "patch.*", "out.*")  # a row of coefficients is traced for every chunk
+    model, _, _, coefficients = _attached(
+        granularity="chunk", chunks=2, parametrization="slerp", include=few
+    )
     inputs = _inputs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -371,8 +374,10 @@ def test_bad_arguments(options, message):
         Coefficients(["a", "b"], ["x", "y"], **({"shapes": [[4, 2], [4]]} | options))
 
 
-@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
-@pytest.mark.parametrize("granularity", ["block", "chunk"])
+@pytest.mark.parametrize(
+    "granularity, parametrization",
+    [("block", "slerp"), ("chunk", "tanh"), ("block", "softmax"), ("chunk", "identity")],
+)
 def test_learning_and_resuming(tmp_path, granularity, parametrization):
     torch.manual_seed(5)
     base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))

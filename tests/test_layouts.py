@@ -293,7 +293,7 @@ def test_products_with_a_weight_at_the_right():
     torch.testing.assert_close(weight @ y, whole @ y)
 
 
-COMPILED = ("clip", "bert", "gpt2", "llama")
+COMPILED = ("clip", "gpt2", "llama")  # the others take a minute
 
 
 @pytest.mark.parametrize(
