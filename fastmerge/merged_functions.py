@@ -140,14 +140,16 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Combine only the rows that are looked up, or the whole table if that is smaller."""
-    if not is_merged(weight) or input.numel() >= weight.base.shape[0]:
+    """Combine only the rows that are looked up, or the whole table if that is smaller.
+
+    The coefficients' gradient is dense, so `sparse` changes nothing.
+    """
+    if not is_merged(weight):
         return NotImplemented
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise NotImplementedError(
-            f"merged embedding {weight.name!r}: max_norm, scale_grad_by_freq and sparse are not "
-            "supported"
-        )
+    _refuse_max_norm(weight, max_norm)
+    if scale_grad_by_freq or input.numel() >= weight.base.shape[0]:
+        table = weight.combined()
+        return F.embedding(input, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     ids = input.reshape(-1)
     weight.count("rows", ids.numel())
 
@@ -164,6 +166,23 @@ def _embedding(
         padding = padding_idx if padding_idx >= 0 else weight.base.shape[0] + padding_idx
         rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
     return rows.view(*input.shape, weight.base.shape[1])
+
+
+@implements(F.embedding_bag)
+def _embedding_bag(
+    input: Tensor, weight: Tensor, offsets: Any = None, max_norm: Any = None, *args, **kwargs
+) -> Tensor:
+    if is_merged(weight):
+        _refuse_max_norm(weight, max_norm)
+    return NotImplemented
+
+
+def _refuse_max_norm(weight: Any, max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise RuntimeError(
+            f"max_norm would change merged weight {weight.name!r} in place: set max_norm to None, "
+            "or call fastmerge.materialize(model) for ordinary weights"
+        )
 
 
 def _patch_convolution(

@@ -108,7 +108,8 @@ def refuse_dispatch(weight: Any, func: Any) -> NoReturn:
         f"{func} reached merged weight {weight.name!r} directly (from C++, TorchScript, a "
         "collective, or as an input of torch.func), where its coefficients would lose their "
         "gradient: differentiate with respect to the coefficients, pass a built copy "
-        f"weight.combined(), or {MATERIALIZE}"
+        "weight.combined(), give DistributedDataParallel the very model that was attached, or "
+        f"{MATERIALIZE}"
     )
 
 

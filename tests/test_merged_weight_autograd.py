@@ -307,13 +307,17 @@ def test_other_functions_get_a_copy_with_its_gradient(it, function):
 
 
 def test_modules_of_torch(it):
-    """Bilinear, LSTM and EmbeddingBag, which torch computes outside of Python."""
+    """Bilinear, LSTM and embeddings, which torch computes outside of Python."""
     torch.manual_seed(3)
     x, ids = torch.randn(4, 2, 5), torch.tensor([[1, 2], [0, 3]])
     cases = [
         (nn.Bilinear(5, 5, 3), lambda f: f(x, x)),
         (nn.LSTM(5, 4), lambda f: f(x)[0]),
         (nn.EmbeddingBag(6, 3), lambda f: f(ids)),
+        (nn.EmbeddingBag(6, 3, sparse=True), lambda f: f(ids)),
+        (nn.Embedding(6, 3, sparse=True), lambda f: f(ids)),
+        (nn.Embedding(6, 3, sparse=True), lambda f: f(ids.repeat(1, 2))),
+        (nn.Embedding(6, 3, scale_grad_by_freq=True, padding_idx=1), lambda f: f(ids)),
     ]
     for module, call in cases:
         experts = make_experts(module, 2, scale=0.3)
@@ -324,3 +328,31 @@ def test_modules_of_torch(it):
         (expected,) = torch.autograd.grad(theirs, raw)
         (found,) = torch.autograd.grad(loss_of(call(module)), coefficients.raw)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_that_renormalize():
+    """max_norm changes the rows that are looked up in place."""
+    for kind, length in ((nn.Embedding, 2), (nn.Embedding, 20), (nn.EmbeddingBag, 2)):
+        module = kind(6, 3, max_norm=0.5)
+        fm.attach(module, make_experts(module, 2))
+        with pytest.raises(RuntimeError, match=r"max_norm would change merged weight 'weight'"):
+            module(torch.zeros(1, length, dtype=torch.int64))
+
+
+class _Cached(nn.Module):
+    """Keeps a view of its weight from the first pass on."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.kept = layer, None
+
+    def forward(self, x):
+        self.kept = self.layer.weight.t() if self.kept is None else self.kept
+        return x @ self.kept
+
+
+def test_views_kept_between_passes(it):
+    module = _Cached(it.net.up)
+    loss_of(module(it.x)).backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss_of(module(it.x)).backward()
