@@ -66,6 +66,14 @@ def test_parameters_follow_filters_and_layers(models):
     assert len({id(o.method) for o in plan.outputs}) == 4
 
 
+def test_a_models_own_parameter_comes_before_the_recipes(models):
+    entry = {"model": "a", "parameters": {"scaling": {"filter": "mlp", "value": 0.25}}}
+    plan, _ = _plan(**TA | {"models": [entry, "b"], "parameters": {"scaling": 0.75}})
+    scaling = {o.name: o.method.scaling.of(2) for o in plan.outputs}
+    assert scaling["model.layers.1.mlp.down_proj.weight"] == [0.25, 0.75]
+    assert scaling["lm_head.weight"] == [0.75, 0.75]
+
+
 def test_a_parameter_without_a_value_for_some_tensor_is_refused(models):
     with pytest.raises(RecipeError, match=r"'weight' of model 'a' has no value for tensor"):
         _plan(

@@ -109,6 +109,14 @@ def test_rows_are_padded_to_a_multiple_with_the_mean_row(models):
         assert torch.equal(plan.checkpoints[name].read("lm_head.weight", 9, 12), rows[9:12])
 
 
+def test_a_token_without_a_row_of_its_own_is_lacking(models):
+    """Tokenizers can know tokens that the model was never resized for."""
+    write_model(models / "two", tensors_of(2, rows=4), TOKENS["two"], {"a": 4})
+    rows = _plan("union").checkpoints["two"].read("lm_head.weight")
+    stored = tensors_of(0, rows=6)["lm_head.weight"]
+    assert torch.equal(rows[_ids("base")["a"]], stored[_ids("base")["a"]])
+
+
 def test_another_models_tokenizer_brings_its_special_ids(models):
     assert json.loads(_plan("two").texts["config.json"])["bos_token_id"] == 2
     assert json.loads(_plan("union").texts["config.json"])["bos_token_id"] == 0
