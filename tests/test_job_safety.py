@@ -182,6 +182,9 @@ FAILURES = [
     ("pwrite", errno.EIO, 0),
     ("pwrite", errno.ENOSPC, 20),
     ("fdatasync", errno.EIO, 1),
+    ("fsync", errno.EIO, 0),
+    ("fsync", errno.ENOSPC, 3),
+    ("mkdir", errno.EACCES, 0),
 ]
 
 

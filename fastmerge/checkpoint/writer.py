@@ -214,7 +214,8 @@ class Writer:
 
 def write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
     """The error of a write that failed, with what the output needs."""
-    free = shutil.disk_usage(path.parent).free
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
     return CheckpointError(
         f"{path}: cannot be written: {error.strerror or error}; the output needs {needed:,} bytes, "
         f"{free:,} are free now"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..checkpoint.writer import (
     publish,
     restore_previous,
     sync_folder,
+    write_error,
     write_texts,
 )
 from .blocks import Cut, cut, sources_of
@@ -142,64 +144,86 @@ def _run(
         raise CheckpointError("the processes of this job have different plans")
     lock = None
     try:
-        lock, complete = _together(
-            ranks, lambda: _prepare(plan, out, layout, plan_hash, overwrite, resume)
-        )
+        prepare = partial(_prepare, plan, out, layout, plan_hash, overwrite, resume)
+        lock, complete = _together(ranks, prepare, out, layout)
         if any(ranks.gather(complete)):
             return
         done = read_journals(folder)[1]
         store = Store(folder, layout, ranks.rank, verify, done)
         try:
             work = Work(plan, cuts, options, ranks, store)
-            _guarded(work.run, ranks, folder, out)
-            _guarded(store.commit, ranks, folder, out)
+            _guarded(work.run, ranks, folder, layout)
+            _guarded(store.commit, ranks, folder, layout)
             if verify:
-                _guarded(lambda: store.check(plan, cuts, work.mine), ranks, folder, out)
+                check = partial(store.check, plan, cuts, work.mine)
+                _guarded(check, ranks, folder, layout, resumable=False)
         finally:
             store.close()
         if ranks.rank == 0:
-            write_texts(folder, layout, plan.texts)
-            sync_folder(folder)
-            publish(folder, out)
-            remove_journals(out)
-        ranks.agree()
+            _guarded(partial(_finish, plan, out, layout), ranks, folder, layout)
+        else:
+            ranks.agree()
     finally:
         if lock is not None:
             lock.release()
 
 
-def _together(ranks: Ranks, action: Callable) -> tuple[OutputLock | None, bool]:
+def _finish(plan: Plan, out: Path, layout: Layout) -> None:
+    """Make the partial folder the output."""
+    folder = partial_folder(out)
+    write_texts(folder, layout, plan.texts)
+    sync_folder(folder)
+    publish(folder, out)
+    remove_journals(out)
+
+
+def _together(
+    ranks: Ranks, action: Callable, out: Path, layout: Layout
+) -> tuple[OutputLock | None, bool]:
     """Let the first rank do something that all depend on."""
     result: tuple[OutputLock | None, bool] = (None, False)
+    failure = None
     try:
         if ranks.rank == 0:
             result = action()
     except BaseException as error:
-        ranks.agree(error)
-        raise
-    ranks.agree()
+        failure = _named(error, out, layout)
+    ranks.agree(failure)
     return result
 
 
-def _guarded(action: Callable[[], None], ranks: Ranks, folder: Path, out: Path) -> None:
-    """Do something on all ranks. What is wrong with the inputs leaves nothing behind; a failure of
+def _guarded(
+    action: Callable[[], None],
+    ranks: Ranks,
+    folder: Path,
+    layout: Layout,
+    resumable: bool = True,
+) -> None:
+    """Do something on all ranks. What is wrong with the data leaves nothing behind; a failure of
     the machine leaves what is needed to resume."""
     failure = None
     try:
         action()
     except BaseException as error:
-        failure = error
+        failure = _named(error, folder, layout)
     try:
         ranks.agree(failure)
     except BaseException as error:
-        resumable = isinstance(error, CheckpointError) or not isinstance(error, ValueError)
-        if ranks.rank == 0 and not resumable:
+        data = isinstance(error, ValueError) and not isinstance(error, CheckpointError)
+        if ranks.rank == 0 and (data or not resumable):
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) and resumable:
             raise CheckpointError(
                 f"{error}; what was finished is kept in {folder}, resume to go on"
             ) from error
         raise
+
+
+def _named(error: BaseException, path: Path, layout: Layout) -> BaseException:
+    """An error of the system as one that says what the output needs; others as they are."""
+    if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+        return write_error(path, layout.size, error)
+    return error
 
 
 def _prepare(
