@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DATA ?= .demo
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
-.PHONY: demo demo-quick test lint format clean
+.PHONY: demo demo-quick results test lint format clean
 
 demo: $(VENV)/demo $(DATA)/wheels
 	$(BIN)/fastmerge demo --data $(DATA)
@@ -17,6 +17,12 @@ demo-quick: $(VENV)/demo $(DATA)/wheels
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -q
+
+# Everything that benches/results holds, and the README's tables from it: about an hour.
+results: $(VENV)/test $(DATA)/wheels
+	$(BIN)/fastmerge bench --device cpu
+	$(BIN)/fastmerge demo --data $(DATA) --full --seeds 3 --json benches/results/demo.json
+	$(BIN)/python tools/readme_tables.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ import fastmerge as fm
 
 from .side_by_side import Results, interleaved, synchronize
 from .step_memory import peak_in_fresh_process
-from .step_models import TASKS, WAYS, Step, build, draw_images
+from .step_models import WAYS, Step, draw_images
+from .vision import TASKS, build
 
 ALLOWANCE = 32 << 20  # bytes that P4 grants beside the plain step's peak
 

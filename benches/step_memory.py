@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .step_models import WAYS, build, draw_images
+from .step_models import WAYS, draw_images
+from .vision import build
 
 PROC = Path("/proc/self")
 ROOT = Path(__file__).resolve().parent.parent

@@ -63,6 +63,32 @@ def methods() -> None:
     typer.echo(describe_methods())
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure kernels, steps and merges beside their rivals; arguments go to pytest.
+
+    Needs a source checkout. --device cpu or cuda, --results FILE, --rounds N and --small choose
+    what is measured; -k picks benches by name.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benches" / "bench_step.py").is_file():
+        raise FileNotFoundError(
+            "this installation has no benches: run `fastmerge bench` from a source checkout that "
+            "was installed with pip install --editable .[test]"
+        )
+    import pytest
+
+    options = [
+        "-q",
+        "--benchmark-disable",
+        "--rootdir",
+        str(root),
+        "-c",
+        str(root / "pyproject.toml"),
+    ]
+    raise typer.Exit(pytest.main([*options, str(root / "benches"), *context.args]))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for plots.")] = Path("demo-results"),

@@ -73,4 +73,4 @@ class Total:
         for value in (*exact, *(rounded[index] for index in sorted(rounded))):
             total = self._step.reduce(total, value)
         if total is not None:
-            stats.model[self._step.name] = self._step.finish(total, stats.model)
+            stats.model[self._step.name] = self._step.close(total, stats.model)

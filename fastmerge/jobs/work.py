@@ -243,7 +243,7 @@ class Work:
             check = False
             before = group.stats.of(output.name)
             own = group.stats.tensors.setdefault(output.name, {})
-            own[step.name] = step.finish(value, before)
+            own[step.name] = step.close(value, before)
         if totals is not None:
             if cut.count:
                 value = self._measure(output, cut, phase.last, group.stats, check)

@@ -54,9 +54,10 @@ class Pass:
     Attributes:
         name: key of the finished statistic in `stats`.
         scope: "tensor" gives every tensor a statistic of its own, "model" one for all of them.
-        measure: (block, stats of the passes before) -> tensor of a fixed shape.
+        measure: (block, stats of the passes before) -> tensor of a fixed shape; a sum may be
+            sparse where a block has little to add to it.
         reducer: how measurements of blocks, tensors and ranks add up.
-        finish: (reduced tensor, stats of the passes before) -> statistic.
+        finish: (reduced tensor, dense, stats of the passes before) -> statistic.
         nonfinite: measurement of a block -> False if the block's inputs are surely free of NaN and
             Inf; None if the measurement does not tell, so that they must be looked at themselves.
     """
@@ -72,7 +73,13 @@ class Pass:
         """The total with one more block's measurement."""
         if total is None:
             return value
+        if total.is_sparse and not value.is_sparse:
+            total, value = value, total  # a sparse tensor can be added to a dense one only
         return total + value if self.reducer == "sum" else torch.maximum(total, value)
+
+    def close(self, total: Tensor, stats: Stats) -> Any:
+        """The statistic of all blocks' total."""
+        return self.finish(total.to_dense() if total.is_sparse else total, stats)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def _finish(step: Pass, stats: Statistics, name: str | None, total: Tensor | Non
     if total is None:
         return
     if name is None:
-        stats.model[step.name] = step.finish(total, stats.model)
+        stats.model[step.name] = step.close(total, stats.model)
     else:
         before = stats.of(name)
-        stats.tensors.setdefault(name, {})[step.name] = step.finish(total, before)
+        stats.tensors.setdefault(name, {})[step.name] = step.close(total, before)

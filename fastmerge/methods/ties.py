@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..deltas import Experts
 from ..ops.magnitude_threshold import (
+    BINS,
     LEVEL_BITS,
     check_density,
     counts_nonfinite,
+    magnitude_bins,
     magnitude_of_bits,
     rank_from_density,
     refine,
@@ -21,6 +23,7 @@ from ..ops.ties import MERGES, majority_sign, ties_merge
 from ._method import Block, Method, Parameter, Pass, Stats
 
 SCOPES = ("model", "tensor")
+FEW = BINS  # entries of all experts whose list is shorter than a histogram
 
 
 class Ties(Method):
@@ -114,9 +117,16 @@ class Ties(Method):
 
 def _histograms(block: Block, stats: Stats, level: int, double: bool) -> Tensor:
     before = stats[f"bits{level - 1}"] if level else [(0, 0)] * len(block.experts)
+    pairs = zip(block.experts, before, strict=True)
+    if block.experts[0].numel() * len(block.experts) <= FEW:
+        rows = [magnitude_bins(e, block.base, level, bits, double) for e, (bits, _) in pairs]
+        owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(r) for r in rows]))
+        places = torch.stack([owners, torch.cat(rows).cpu()])  # [2, entries]
+        ones = torch.ones(places.shape[1], dtype=torch.int64)
+        return torch.sparse_coo_tensor(places, ones, (len(rows), BINS), check_invariants=False)
     rows = [
         torch.ops.fastmerge.magnitude_histogram(expert, block.base, level, bits, double)
-        for expert, (bits, _) in zip(block.experts, before, strict=True)
+        for expert, (bits, _) in pairs
     ]
     return torch.stack(rows).cpu()  # [K, 65536]
 

@@ -181,11 +181,14 @@ def counts_nonfinite(counts: Tensor, dtype: torch.dtype) -> bool:
     """Whether histograms of level 0 count a NaN or Inf.
 
     Args:
-        counts: int64 [..., 65536].
+        counts: int64 [..., 65536], may be sparse.
         dtype: fp32 or fp64, the dtype the magnitudes were counted in.
     """
     infinity = 0x7F800000 if dtype == torch.float32 else 0x7FF0000000000000
-    return bool(counts[..., infinity >> sum(LEVEL_BITS[dtype][1:]) :].any())
+    first = infinity >> sum(LEVEL_BITS[dtype][1:])
+    if counts.is_sparse:
+        return bool((counts._indices()[-1] >= first).any())
+    return bool(counts[..., first:].any())
 
 
 def refine(
@@ -229,17 +232,25 @@ def _check(delta, base, level, prefix, double):
     check(0 <= level < levels, lambda: f"{op}: level {level}, expected 0..{levels - 1}")
 
 
-def _reference(delta, base, level, prefix, double):
-    """Counts of one group of bits of |tau|, among the entries whose higher bits are `prefix`."""
-    _check(delta, base, level, prefix, double)
+def magnitude_bins(
+    delta: Tensor, base: Tensor | None, level: int, prefix: int, double: bool
+) -> Tensor:
+    """The bins that `magnitude_histogram` would count, one for each entry counted: int64 [n]."""
     dtype = torch.float64 if double else torch.float32
     magnitude = as_task_vector(base, delta, base is not None, dtype).abs().flatten()
+    magnitude = torch.where(magnitude.isnan(), torch.nan, magnitude)  # one NaN
     bits = magnitude.view(torch.int64 if double else torch.int32)
     width = LEVEL_BITS[dtype][level]
     shift = sum(LEVEL_BITS[dtype][level + 1 :])
     if level > 0:
         bits = bits[bits >> (shift + width) == prefix]
-    return torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=BINS)
+    return ((bits >> shift) & ((1 << width) - 1)).long()
+
+
+def _reference(delta, base, level, prefix, double):
+    """Counts of one group of bits of |tau|, among the entries whose higher bits are `prefix`."""
+    _check(delta, base, level, prefix, double)
+    return torch.bincount(magnitude_bins(delta, base, level, prefix, double), minlength=BINS)
 
 
 def _compiled(delta, base, level, prefix, double):

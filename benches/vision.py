@@ -1,0 +1,61 @@
+"""The model that steps and merges are measured on: needs nothing but torch."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TASKS = 8
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        parts = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in self._qkv())
+        attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        x = x + self.o(attended)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    def _qkv(self) -> tuple[nn.Module, ...]:
+        return self.q, self.k, self.v
+
+
+class Vision(nn.Module):
+    """A vision transformer with ViT-B/32's shapes by default and nothing else to load."""
+
+    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 32, stride=32, bias=False)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 512)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patch(images).flatten(2).transpose(1, 2)  # [B, N, width]
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+def build(
+    small: bool, device: torch.device, count: int = TASKS
+) -> tuple[nn.Module, list[nn.Module]]:
+    """A base model and `count` experts, the same for every call."""
+    torch.manual_seed(0)
+    base = (Vision(64, 2, 2) if small else Vision()).to(device).eval()
+    experts = []
+    for seed in range(count):
+        generator = torch.Generator(device).manual_seed(seed)
+        expert = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in expert.parameters():
+                p.add_(torch.randn(p.shape, generator=generator, device=device), alpha=2e-3)
+        experts.append(expert)
+    return base, experts
