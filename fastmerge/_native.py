@@ -373,6 +373,43 @@ def magnitude_masks(
     )
 
 
+def tie_counts(
+    base: torch.Tensor | None,
+    deltas: Sequence[torch.Tensor],
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    width: int,
+    offset: int,
+) -> None:
+    """Add to `counts` how many entries equal a magnitude, by their index.
+
+    Args:
+        base: given if deltas are fine-tuned weights.
+        deltas: K tensors of one size.
+        values, starts: fp32 and int64 [K], the magnitude and the first index counted.
+        counts: int64 [K, bins], added to.
+        width: indices of one bin.
+        offset: index of the first entry in the whole tensor.
+    """
+    deltas = _one_dtype(deltas)
+    cpu.tie_counts(
+        _address(base),
+        _addresses(deltas),
+        values.data_ptr(),
+        starts.data_ptr(),
+        counts.data_ptr(),
+        deltas[0].numel(),
+        offset,
+        width,
+        counts.shape[1],
+        _code([] if base is None else [base]),
+        _code(deltas),
+        base is not None,
+        torch.get_num_threads(),
+    )
+
+
 def random_masks(
     base: torch.Tensor | None,
     deltas: Sequence[torch.Tensor],
@@ -395,7 +432,8 @@ def random_masks(
     """
     deltas = _one_dtype(deltas)
     ranked = bool((probabilities[:, 0] != probabilities[:, 1]).any())
-    scratch = torch.empty(len(deltas) * (24 * width + 8) if ranked else 0, dtype=torch.uint8)
+    room = cpu.rank_scratch_bytes(width) if ranked else 0
+    scratch = torch.empty(len(deltas) * room, dtype=torch.uint8)
     cpu.random_masks(
         _address(base),
         _addresses(deltas),

@@ -223,6 +223,19 @@ CASES |= {
             "shape": ([deltas(), CUTS[:2], ENDS, None, 0], r"values is \[2, 2\]"),
         },
     ),
+    "tie_counts": Case(
+        lambda: [
+            [deltas(), CUTS[:, 1], ENDS[:, 0], None, 2, 30, 0],
+            [[grid(BASE, BF16, seed=k) for k in range(3)], CUTS[:, 1], ENDS[:, 1], None, 1, 9, 7],
+        ],
+        lambda: {
+            "dtype": (
+                [deltas(), CUTS[:, 1], CUTS[:, 0], None, 2, 30, 0],
+                "starts must be int64",
+            ),
+            "shape": ([deltas(), CUTS, ENDS[:, 0], None, 2, 30, 0], r"values is \[3, 2\]"),
+        },
+    ),
     "random_masks": Case(
         lambda: [
             [deltas(), P0P1, None, 7, 5, 0],

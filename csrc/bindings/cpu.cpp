@@ -186,6 +186,25 @@ void magnitude_masks(uintptr_t base, const Addresses& deltas, uintptr_t values, 
                              threads});
 }
 
+void tie_counts(uintptr_t base, const Addresses& deltas, uintptr_t values, uintptr_t starts,
+                uintptr_t counts, int64_t size, int64_t offset, int64_t width, int64_t bins,
+                int base_dtype, int delta_dtype, bool experts, int threads) {
+  expect_dtype("base_dtype", base_dtype);
+  expect_dtype("delta_dtype", delta_dtype);
+  auto delta_pointers = pointers(deltas);
+  py::gil_scoped_release release;
+  kernels().tie_counts({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
+                         base_dtype, delta_dtype, experts},
+                        pointer<const float>(values),
+                        pointer<const int64_t>(starts),
+                        pointer<int64_t>(counts),
+                        size,
+                        offset,
+                        width,
+                        bins,
+                        threads});
+}
+
 void random_masks(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t masks,
                   uintptr_t scratch, uint64_t key, int64_t size, int64_t offset, int64_t width,
                   int base_dtype, int delta_dtype, bool experts, int threads) {
@@ -329,7 +348,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ties_merge", &ties_merge);
   m.def("ties_masks", &ties_masks);
   m.def("magnitude_masks", &magnitude_masks);
+  m.def("tie_counts", &tie_counts);
   m.def("random_masks", &random_masks);
+  m.def("rank_scratch_bytes", &fastmerge::cpu::rank_scratch_bytes, py::arg("width"),
+        "Bytes of scratch per delta that random_masks needs to rank rows of `width` entries.");
   m.def("masked_merge", &masked_merge);
   m.def("masked_sums", &masked_sums);
   m.def("row_gram", &row_gram);

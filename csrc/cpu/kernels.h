@@ -13,6 +13,7 @@ void magnitude_bracket(const MagnitudeBracketParams& p);
 void ties_merge(const TiesMergeParams& p);
 void ties_masks(const TiesMasksParams& p);
 void magnitude_masks(const MagnitudeMasksParams& p);
+void tie_counts(const TieCountsParams& p);
 void random_masks(const RandomMasksParams& p);
 void masked_merge(const MaskedMergeParams& p);
 void masked_sums(const MaskedSumsParams& p);

@@ -1,8 +1,9 @@
-// Masks of the entries between two cuts of the order of magnitudes.
+// Masks of the entries between two cuts of the order of magnitudes, and where entries equal a cut.
 //
-// Contiguous tensors; masks is overwritten. An entry is above a cut (value, index) when its |tau|
-// is larger than the value, or equal to it while the entry's index in the whole tensor is below the
-// cut's; kept are entries above the lower and not above the upper cut. A NaN is above no cut.
+// Contiguous tensors; masks is overwritten, counts is added to. An entry is above a cut (value,
+// index) when its |tau| is larger than the value, or equal to it while the entry's index in the
+// whole tensor is below the cut's; kept are entries above the lower and not above the upper cut. A
+// NaN is above no cut.
 #include "combine.h"
 #include "kernels.h"
 #include "masks.h"
@@ -49,7 +50,42 @@ void masks_of_range(const MagnitudeMasksParams& p, int64_t begin, int64_t end) {
   }
 }
 
+template <int kDtype, int kExperts>
+void count_ties(const TieCountsParams& p, int64_t k) {
+  const Source& s = p.source;
+  F32 value = broadcast(p.values[k]);
+  int64_t* counts = p.counts + k * p.bins;
+  int64_t start = p.starts[k] - p.offset, stop = start + p.width * p.bins;
+  int64_t end = stop < p.size ? stop : p.size;
+  for (int64_t i = start > 0 ? start : 0; i < end; i += kLanes) {
+    int64_t n = end - i < kLanes ? end - i : kLanes;
+    F32 tau;
+    if (n == kLanes) {
+      F32 base = kExperts ? load_base(s, i) : zeros();
+      tau = load_tau<kDtype, kExperts>(s, k, i, base);
+    } else {
+      F32 base = kExperts ? load_base_first(s, i, n) : zeros();
+      tau = load_tau_first<kDtype, kExperts>(s, k, i, n, base);
+    }
+    uint32_t equal = bits(absolute(tau) == value) & uint32_t((uint64_t(1) << n) - 1);
+    for (; equal != 0; equal &= equal - 1) {
+      ++counts[(i + __builtin_ctz(equal) - start) / p.width];
+    }
+  }
+}
+
 }  // namespace
+
+void tie_counts(const TieCountsParams& p) {
+  int team = team_size(p.size * p.source.k, p.threads);
+  if (team > p.source.k) team = int(p.source.k);
+  with_source(p.source.delta_dtype, p.source.experts, [&](auto dtype, auto experts) {
+#pragma omp parallel for num_threads(team) schedule(static, 1) if (team > 1)
+    for (int64_t k = 0; k < p.source.k; ++k) {
+      count_ties<decltype(dtype)::value, decltype(experts)::value>(p, k);
+    }
+  });
+}
 
 void magnitude_masks(const MagnitudeMasksParams& p) {
   with_source(p.source.delta_dtype, p.source.experts, [&](auto dtype, auto experts) {

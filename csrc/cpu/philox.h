@@ -1,8 +1,8 @@
 // Counter-based random bits: Philox4x32-10 (Salmon et al., SC 2011) on eight counters at once.
 //
-// Entries come in groups of 64 = eight halves of 16 bits from each of eight counters: entry e of a
-// tensor takes counter (e / 64) * 8 + e % 8 and half (e / 8) % 8, the low half of a word first. So
-// a bit depends on key, expert and absolute entry index only.
+// Entries come in groups of 64, halves of 16 bits from eight counters: entry e of a tensor takes
+// counter (e / 64) * 8 + (e % 32) / 4, there word (e / 32) % 2 * 2 + (e % 4) / 2, of that the low
+// half if e is even, else the high one. So a bit depends on key, expert and entry index only.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,11 @@
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 
 constexpr int kGroupEntries = 64;
+// Groups drawn together: a round has to wait for its multiplications.
+constexpr int kWays = 4;
+
 typedef uint64_t Counters __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(64)));
 
 // Products of the low 32 bits of every lane; higher bits are ignored.
 FASTMERGE_INLINE Counters multiply_low(Counters a, uint64_t b) {
@@ -31,63 +35,79 @@ FASTMERGE_INLINE Counters multiply_low(Counters a, uint64_t b) {
 }
 
 // One bit per lane, the first lane lowest.
-FASTMERGE_INLINE uint64_t lane_bits(Counters mask) {
+FASTMERGE_INLINE uint32_t lane_bits(Halves mask) {
 #if defined(__AVX512F__)
-  return uint8_t(_mm512_movepi64_mask((__m512i)mask));
+  return _mm512_movepi16_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  __m256i part[2];
+  memcpy(part, &mask, sizeof(mask));
+  __m256i bytes = _mm256_packs_epi16(part[0], part[1]);
+  return uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
 #else
-  uint64_t r = 0;
-  for (int lane = 0; lane < 8; ++lane) r |= (mask[lane] & 1u) << lane;
+  uint32_t r = 0;
+  for (int lane = 0; lane < 32; ++lane) r |= (mask[lane] & 1u) << lane;
   return r;
 #endif
 }
 
-struct RandomHalves {
-  Counters half[8];
-};
-
-// The 512 bits of a group's eight counters as halves; `low` gives the 16 bits below them, which
-// decide when a comparison of the first halves comes out equal.
-FASTMERGE_INLINE RandomHalves random_halves(uint64_t key, uint32_t expert, bool low,
-                                            uint64_t group) {
+// The 16-bit halves of `groups` groups from `group` on in the order of their entries; `low` gives
+// the 16 bits below them, which decide when a comparison of the first halves comes out equal.
+template <int kGroups>
+FASTMERGE_INLINE void random_halves(uint64_t key, uint32_t expert, bool low, uint64_t group,
+                                    Halves (&halves)[2 * kGroups]) {
   const Counters lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  Counters first = (group * 8 + lane);
-  Counters c0 = first, c1 = first >> 32, c2 = Counters{} + expert,
-           c3 = Counters{} + (low ? 1u : 0u);
+  Counters c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    c0[g] = (group + uint64_t(g)) * 8 + lane;
+    c1[g] = c0[g] >> 32;
+    c2[g] = Counters{} + expert;
+    c3[g] = Counters{} + (low ? 1u : 0u);
+  }
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    Counters p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
-    c1 = p1;
-    c3 = p0;
+    for (int g = 0; g < kGroups; ++g) {
+      Counters p0 = multiply_low(c0[g], 0xD2511F53u), p1 = multiply_low(c2[g], 0xCD9E8D57u);
+      c0[g] = (p1 >> 32) ^ c1[g] ^ k0;
+      c2[g] = (p0 >> 32) ^ c3[g] ^ k1;
+      c1[g] = p1;
+      c3[g] = p0;
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const Counters word[4] = {c0, c1, c2, c3};
-  RandomHalves r;
-  for (int j = 0; j < 4; ++j) {
-    r.half[2 * j] = word[j] & 0xffffu;
-    r.half[2 * j + 1] = (word[j] >> 16) & 0xffffu;
+  for (int g = 0; g < kGroups; ++g) {
+    halves[2 * g] = (Halves)((c0[g] & 0xffffffffu) | (c1[g] << 32));
+    halves[2 * g + 1] = (Halves)((c2[g] & 0xffffffffu) | (c3[g] << 32));
   }
-  return r;
 }
 
-// Bit e set where the 32-bit draw of entry e of the group is below `threshold` <= 2^32.
-FASTMERGE_INLINE uint64_t draws_below(uint64_t key, uint32_t expert, uint64_t group,
-                                      uint64_t threshold) {
-  uint64_t high = threshold >> 16, low = threshold & 0xffffu;
-  RandomHalves draws = random_halves(key, expert, false, group);
-  uint64_t below = 0, equal = 0;
-  for (int j = 0; j < 8; ++j) {
-    below |= lane_bits((Counters)(draws.half[j] < high)) << (8 * j);
-    equal |= lane_bits((Counters)(draws.half[j] == high)) << (8 * j);
+// Sets bit e % 64 of words[e / 64] where the 32-bit draw of entry e of the groups is below
+// `threshold` <= 2^32.
+template <int kGroups>
+FASTMERGE_INLINE void draws_below(uint64_t key, uint32_t expert, uint64_t group, uint64_t threshold,
+                                  uint64_t (&words)[kGroups]) {
+  if (threshold >> 32) {
+    for (uint64_t& word : words) word = ~uint64_t(0);
+    return;
   }
-  if (low == 0 || equal == 0) return below;
-  draws = random_halves(key, expert, true, group);
-  for (int j = 0; j < 8; ++j) {
-    below |= (lane_bits((Counters)(draws.half[j] < low)) << (8 * j)) & equal;
+  const Halves high = Halves{} + uint16_t(threshold >> 16);
+  const Halves low = Halves{} + uint16_t(threshold);
+  Halves draws[2 * kGroups];
+  random_halves<kGroups>(key, expert, false, group, draws);
+  uint64_t equal[kGroups], any = 0;
+  for (int g = 0; g < kGroups; ++g) {
+    words[g] = lane_bits((Halves)(draws[2 * g] < high)) |
+               uint64_t(lane_bits((Halves)(draws[2 * g + 1] < high))) << 32;
+    equal[g] = lane_bits((Halves)(draws[2 * g] == high)) |
+               uint64_t(lane_bits((Halves)(draws[2 * g + 1] == high))) << 32;
+    any |= equal[g];
   }
-  return below;
+  if (any == 0) return;
+  random_halves<kGroups>(key, expert, true, group, draws);
+  for (int g = 0; g < kGroups; ++g) {
+    words[g] |= equal[g] & (lane_bits((Halves)(draws[2 * g] < low)) |
+                            uint64_t(lane_bits((Halves)(draws[2 * g + 1] < low))) << 32);
+  }
 }
 
 }  // namespace fastmerge::cpu::FASTMERGE_LEVEL

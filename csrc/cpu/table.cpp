@@ -3,10 +3,23 @@
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 
 const KernelTable kTable = {
-    weighted_sum,      coefficient_grad, combine_and_dot, magnitude_histogram,
-    magnitude_bracket, ties_merge,       ties_masks,      magnitude_masks,
-    random_masks,      masked_merge,     masked_sums,     row_gram,
-    exact_sums,        task_variance,    softmax_entropy, softmax_entropy_backward,
+    weighted_sum,
+    coefficient_grad,
+    combine_and_dot,
+    magnitude_histogram,
+    magnitude_bracket,
+    ties_merge,
+    ties_masks,
+    magnitude_masks,
+    tie_counts,
+    random_masks,
+    masked_merge,
+    masked_sums,
+    row_gram,
+    exact_sums,
+    task_variance,
+    softmax_entropy,
+    softmax_entropy_backward,
 };
 
 }  // namespace fastmerge::cpu::FASTMERGE_LEVEL

@@ -106,19 +106,23 @@ FASTMERGE_INLINE F32 absolute(F32 a) {
 }
 
 // One bit per lane, the first lane lowest.
+FASTMERGE_INLINE uint32_t part_bits(PartI m) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)m);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)m));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps((__m128)m));
+#else
+  uint32_t r = 0;
+  for (int lane = 0; lane < kWidth; ++lane) r |= (m[lane] & 1u) << lane;
+  return r;
+#endif
+}
+
 FASTMERGE_INLINE uint32_t bits(Mask m) {
   uint32_t r = 0;
-  FASTMERGE_PARTS {
-#if defined(__AVX512F__)
-    r = _mm512_movepi32_mask((__m512i)m.part[j]);
-#elif defined(__AVX2__)
-    r |= uint32_t(_mm256_movemask_ps((__m256)m.part[j])) << (j * kWidth);
-#elif defined(__SSE2__)
-    r |= uint32_t(_mm_movemask_ps((__m128)m.part[j])) << (j * kWidth);
-#else
-    for (int lane = 0; lane < kWidth; ++lane) r |= (m.part[j][lane] & 1u) << (j * kWidth + lane);
-#endif
-  }
+  FASTMERGE_PARTS r |= part_bits(m.part[j]) << (j * kWidth);
   return r;
 }
 

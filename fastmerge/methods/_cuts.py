@@ -15,13 +15,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops import magnitude_masks
-from ..ops._bits import count_words, set_bits
-from ..ops.magnitude_threshold import BINS, LEVEL_BITS, counts_nonfinite, magnitude_of_bits, refine
+from ..ops import magnitude_masks, tie_counts
+from ..ops.magnitude_threshold import (
+    BINS,
+    LEVEL_BITS,
+    counts_nonfinite,
+    find_rank,
+    magnitude_of_bits,
+    refine,
+)
 from ._gram import task_points
 from ._method import Block, Pass, Stats
-
-WORD = 64  # entries whose mask is counted at once
 
 Source = Callable[[Block], tuple[list[Tensor], Tensor | None]]
 Counts = Callable[[int, Sequence[int]], list[list[int]]]
@@ -200,65 +204,57 @@ class Cuts:
             new.append(replace(cut, bits=bits, position=position, equal=int(row[low])))
         return found.changed(new)
 
-    def _equal_entries(self, block: Block, cuts: Sequence[Cut]) -> Tensor:
-        """Entries equal to each cut's c, as packed masks [cuts, ceil(n / 8)]."""
+    def _tie_counts(
+        self, block: Block, cuts: Sequence[Cut], starts: Sequence[int], width: int, bins: int
+    ) -> Tensor:
+        """How many entries equal each cut's c in each bin of indices, int64 [cuts, bins]."""
+        if not cuts:
+            return torch.zeros(0, bins, dtype=torch.int64)
         tensors, base = self.source(block)
         values = torch.stack([magnitude_of_bits(cut.bits, self.dtype) for cut in cuts])
-        ends = torch.tensor([0, block.offset + tensors[0].numel()]).expand(len(cuts), 2)
-        device = tensors[0].device
-        return magnitude_masks(
+        counts = tie_counts(
             [tensors[cut.delta] for cut in cuts],
-            values.unsqueeze(1).expand(-1, 2).to(device),
-            ends.to(device),
+            values.to(tensors[0].device),
+            torch.tensor(starts, device=tensors[0].device),
+            width=width,
+            bins=bins,
             base=base,
             offset=block.offset,
         )
+        return counts.cpu()
 
     def _index_bins(self, block: Block, stats: Stats, before: str) -> Tensor:
-        """Entries equal to c by bin; 64 entries, counted together, are in the bin of the first."""
         found: Found = stats[before]
         cuts = found.open()
-        bins = torch.zeros(len(cuts), BINS, dtype=torch.int64)
-        if cuts:
-            for row, mask in zip(bins, self._equal_entries(block, cuts).cpu(), strict=True):
-                counts = count_words(mask)
-                starts = block.offset + WORD * torch.arange(len(counts))
-                row.index_add_(0, starts // found.width, counts)
-        return bins
+        return self._tie_counts(block, cuts, [0] * len(cuts), found.width, BINS)
 
     def _find_bin(self, histograms: Tensor, stats: Stats, before: str) -> Found:
         """Each open cut gets its bin as `index`, and `position` counts from the bin's start."""
         found: Found = stats[before]
         new = []
         for cut, row in zip(found.open(), histograms, strict=True):
-            bin_, left = _locate(row, cut.ties)
+            bin_, left = find_rank(row, cut.ties)
             new.append(replace(cut, index=bin_ * found.width, position=cut.equal - left + 1))
         return found.changed(new)
 
     def _indices_in_bin(self, block: Block, stats: Stats) -> Tensor:
         found: Found = stats["cuts_bins"]
-        stop = block.offset + block.experts[0].numel()
-        length = found.width + WORD - 1
-        rows = torch.zeros(len(found.open()), length, dtype=torch.int64)
-        for row, cut in zip(rows, found.open(), strict=True):
-            if cut.index < stop and block.offset < cut.index + found.width:
-                entries = set_bits(self._equal_entries(block, [cut])[0].cpu())
-                starts = block.offset + entries // WORD * WORD - cut.index
-                inside = entries[(starts >= 0) & (starts < found.width)] + block.offset - cut.index
-                row += torch.bincount(inside, minlength=length)
+        cuts, start, stop = found.open(), block.offset, block.offset + block.experts[0].numel()
+        rows = torch.zeros(len(cuts), found.width, dtype=torch.int64)
+        here = [
+            row
+            for row, cut in enumerate(cuts)
+            if found.width > 1 and cut.index < stop and start < cut.index + found.width
+        ]
+        chosen = [cuts[row] for row in here]
+        starts = [cut.index for cut in chosen]
+        rows[here] = self._tie_counts(block, chosen, starts, 1, found.width)
         return rows
 
     def _find_index(self, histograms: Tensor, stats: Stats) -> Found:
         found: Found = stats["cuts_bins"]
         new = []
         for cut, row in zip(found.open(), histograms, strict=True):
-            within = _locate(row, cut.ties)[0]
+            within = find_rank(row, cut.ties)[0] if found.width > 1 else 0
             new.append(replace(cut, index=cut.index + within + 1))
         return found.changed(new)
-
-
-def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the rank-th entry counted, and its rank, from 1, within the bin."""
-    reached = counts.cumsum(0)
-    chosen = int(torch.searchsorted(reached, rank))
-    return chosen, rank - int(reached[chosen] - counts[chosen])

@@ -3,7 +3,7 @@
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
 from .magnitude_bracket import magnitude_bracket
-from .magnitude_masks import magnitude_masks
+from .magnitude_masks import magnitude_masks, tie_counts
 from .magnitude_threshold import magnitude_threshold
 from .masked_merge import masked_merge, masked_sums
 from .merged_linear import merged_linear
@@ -30,6 +30,7 @@ __all__ = [
     "row_gram",
     "softmax_entropy",
     "task_variance",
+    "tie_counts",
     "ties_masks",
     "ties_merge",
     "weighted_sum",

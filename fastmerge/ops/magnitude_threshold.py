@@ -207,12 +207,32 @@ def refine(
         The bits extended by the level's, and the position among the magnitudes with these; bits
         of zero if nothing was counted.
     """
-    reached = counts.cumsum(0)
-    if reached[-1] == 0:
+    chosen, position_there = find_rank(counts, position)
+    if chosen == len(counts):
         return 0, position
-    chosen = int(torch.searchsorted(reached, position))
-    below = int(reached[chosen] - counts[chosen])
-    return bits << LEVEL_BITS[dtype][level] | chosen, position - below
+    return bits << LEVEL_BITS[dtype][level] | chosen, position_there
+
+
+def find_rank(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th thing counted, and its rank within the bin, from 1.
+
+    Args:
+        counts: int64 [bins].
+        rank: from 1.
+
+    Returns:
+        (bins, rank) if nothing was counted.
+    """
+    groups = torch.nn.functional.pad(counts, (0, -len(counts) % 256)).view(-1, 256)
+    sums = groups.sum(1)
+    reached = sums.cumsum(0)  # and then only one group is summed step by step
+    if reached[-1] == 0:
+        return len(counts), rank
+    group = int(torch.searchsorted(reached, rank))
+    rank -= int(reached[group] - sums[group])
+    within = groups[group].cumsum(0)
+    chosen = int(torch.searchsorted(within, rank))
+    return group * 256 + chosen, rank - int(within[chosen] - groups[group][chosen])
 
 
 def magnitude_of_bits(bits: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

@@ -93,11 +93,12 @@ def philox(counters: Tensor, expert: int, stream: int, key: int) -> tuple[Tensor
 def draws(size: int, offset: int, expert: int, key: int, device: torch.device | str) -> Tensor:
     """The 32-bit draws of entries offset .. offset + size as int64 [size].
 
-    Entry e takes half (e // 8) % 8, of 16 bits, of counter (e // 64) * 8 + e % 8: the high bits
-    from stream 0, the low ones from stream 1.
+    Entry e takes counter (e // 64) * 8 + (e % 32) // 4, there half (e // 32) % 2 * 4 + e % 4 of the
+    eight halves of 16 bits, the low one of a word first: its high bits from stream 0, its low bits
+    from stream 1.
     """
     entries = torch.arange(offset, offset + size, device=device)
-    counters, half = entries // 64 * 8 + entries % 8, entries // 8 % 8
+    counters, half = entries // 64 * 8 + entries % 32 // 4, entries // 32 % 2 * 4 + entries % 4
     parts = []
     for stream in (0, 1):
         words = torch.stack(philox(counters, expert, stream, key))  # [4, n]
@@ -137,7 +138,7 @@ def _reference(deltas, probabilities, base, width, key, offset):
             rank = torch.empty_like(order).scatter_(
                 1, order, torch.arange(width, device=device).expand_as(order)
             )
-            share = rank.double() / (width - 1) if width > 1 else rank.double() + 0.5
+            share = rank.double() * (1 / (width - 1)) if width > 1 else rank.double() + 0.5
             thresholds = ((low + (high - low) * share) * 2.0**32).long().flatten()
         rows.append(pack_bits(draws(size, offset, k, key, device) < thresholds))
     return torch.stack(rows)

@@ -161,6 +161,26 @@ struct MagnitudeMasksParams {
   int threads;
 };
 
+// Adds to counts[k, b] the entries i with |tau_k| = values[k] whose index offset + i in the whole
+// tensor is in bin b: starts[k] + b width <= offset + i < starts[k] + (b + 1) width.
+struct TieCountsParams {
+  Source source;
+  const float* values;    // [K]
+  const int64_t* starts;  // [K]
+  int64_t* counts;        // [K, bins]
+  int64_t size;
+  int64_t offset;
+  int64_t width;
+  int64_t bins;
+  int threads;
+};
+
+// Room to rank one row of `width` entries, each aligned to 8 bytes.
+static inline int64_t rank_scratch_bytes(int64_t width) {
+  int64_t padded = (width + 15) / 16 * 16;
+  return 30 * padded + 1024;
+}
+
 // Packed masks: entry i of delta k is kept when its 32-bit draw is below 2^32 p. p is
 // thresholds[k][0] for the smallest |tau| of a row of `width` entries and grows evenly with the
 // rank to thresholds[k][1] for the largest; deltas are read only where the two differ. The draw is
@@ -169,7 +189,7 @@ struct RandomMasksParams {
   Source source;
   const double* thresholds;  // [K, 2]
   uint8_t* masks;            // [K, ceil(size / 8)]
-  char* scratch;             // [K, 24 width + 8]
+  char* scratch;             // [K, rank_scratch_bytes(width)] where they differ
   uint64_t key;
   int64_t size;
   int64_t offset;
@@ -274,6 +294,7 @@ struct KernelTable {
   void (*ties_merge)(const TiesMergeParams&);
   void (*ties_masks)(const TiesMasksParams&);
   void (*magnitude_masks)(const MagnitudeMasksParams&);
+  void (*tie_counts)(const TieCountsParams&);
   void (*random_masks)(const RandomMasksParams&);
   void (*masked_merge)(const MaskedMergeParams&);
   void (*masked_sums)(const MaskedSumsParams&);
