@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DATA ?= .demo
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
-.PHONY: demo demo-quick results test lint format clean
+.PHONY: demo demo-quick results test sanitize gpu lint format clean
 
 demo: $(VENV)/demo $(DATA)/wheels
 	$(BIN)/fastmerge demo --data $(DATA)
@@ -23,6 +23,12 @@ results: $(VENV)/test $(DATA)/wheels
 	$(BIN)/fastmerge bench --device cpu
 	$(BIN)/fastmerge demo --data $(DATA) --full --seeds 3 --json benches/results/demo.json
 	$(BIN)/python tools/readme_tables.py
+
+sanitize: $(VENV)/test
+	$(BIN)/python tools/sanitize.py
+
+gpu: $(VENV)/test
+	PATH="$(abspath $(BIN)):$$PATH" benches/gpu_check.sh
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -38,6 +38,13 @@ def _check(ours: torch.Tensor, truth: torch.Tensor) -> None:
     assert (ours.float() - truth.float()).square().mean().sqrt() <= 1e-2 * scale
 
 
+def _plain_sum(base, deltas, lam) -> torch.Tensor:
+    weight = base.float()
+    for coefficient, delta in zip(lam.unbind(), deltas, strict=True):
+        weight = weight + coefficient * delta.float()
+    return weight.to(base.dtype)
+
+
 def _many(small: bool, device: torch.device) -> int:
     return 64 if small else 8192 if device.type == "cuda" else 2048
 
@@ -51,9 +58,16 @@ def test_forward(benchmark, layer, device, rounds, small, results: Results):
         return ops.merged_linear(x, base, deltas, lam)
 
     _check(ours(), F.linear(x, merged))
+
+    def formula(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, _plain_sum(base, deltas, lam))
+
     variants = {"gemm": lambda: F.linear(x, merged), "fastmerge": ours}
     variants["build, gemm"] = lambda: F.linear(x, ops.weighted_sum(base, deltas, lam))
+    variants["eager formula"] = lambda: formula(x)
     if device.type == "cuda":
+        compiled = torch.compile(formula)
+        variants["torch.compile formula"] = lambda: compiled(x)
         for name in ("panel", "fused"):
             variants[name] = _forced(name, ours)
     seconds = interleaved(variants, device, rounds)
@@ -105,10 +119,17 @@ def test_coefficient_gradient(benchmark, layer, device, rounds, small, results: 
         backward = torch.ops.fastmerge.merged_linear_backward
         return backward(dy, x, base, deltas, lam, False, False, False, True)[1]
 
+    def formula(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        grad_weight = (dy.t() @ x).float()
+        return torch.stack([(grad_weight * delta.float()).sum() for delta in deltas])
+
     grad_weight = dy.t() @ x
     _check(ours(), ops.coefficient_grad(grad_weight, deltas))
     variants = {"gemm": lambda: dy.t() @ x, "fastmerge": ours}
+    variants["eager formula"] = lambda: formula(dy, x)
     if device.type == "cuda":
+        compiled = torch.compile(formula)
+        variants["torch.compile formula"] = lambda: compiled(dy, x)
         for name in ("panel", "fused"):
             variants[name] = _forced(name, ours)
     seconds = interleaved(variants, device, rounds)

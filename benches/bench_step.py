@@ -9,10 +9,10 @@ import torch
 
 import fastmerge as fm
 
-from .side_by_side import Results, interleaved, synchronize
+from .side_by_side import Results, captured, interleaved, synchronize
 from .step_memory import peak_in_fresh_process
 from .step_models import WAYS, Step, draw_images
-from .vision import TASKS, build
+from .vision import SHAPES, TASKS, build
 
 ALLOWANCE = 32 << 20  # bytes that P4 grants beside the plain step's peak
 
@@ -20,6 +20,14 @@ ALLOWANCE = 32 << 20  # bytes that P4 grants beside the plain step's peak
 @pytest.fixture(scope="module")
 def models(device, small):
     return build(small, device)
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request, device, small):
+    """Every shape on a GPU or small; otherwise the larger takes minutes a step."""
+    if request.param != "ViT-B/32" and device.type == "cpu" and not small:
+        pytest.skip("takes minutes a step on a CPU")
+    return request.param
 
 
 def _case(images_per_task: int) -> str:
@@ -60,6 +68,26 @@ def test_step(benchmark, images_per_task, models, device, rounds, small, results
     of_bf16 = seconds["fastmerge bf16"] / seconds["plain step bf16"]
     results.add_value("P3", case, "fastmerge bf16", of_bf16, "plain step bf16")
     benchmark.pedantic(variants["fastmerge"], rounds=1)
+
+
+@pytest.mark.parametrize("images_per_task", [1, 8])
+def test_captured_step(images_per_task, shape, device, rounds, small, results: Results):
+    """P3 for the shapes that are learned in practice, on a GPU also replayed from CUDA graphs."""
+    models = build(small, device, shape=shape)
+    images = draw_images(images_per_task, small, device)
+    variants = {}
+    for name in ("plain step", "fastmerge"):
+        step = WAYS[name](*models)
+        variants[name] = lambda step=step: step(images)
+    if device.type == "cuda":
+        graphs = {f"{name}, graph": captured(run) for name, run in variants.items()}
+        variants |= graphs
+    seconds = interleaved(variants, device, max(3, rounds // 3))
+    case = f"{shape} {_case(images_per_task)}"
+    results.add("P3", case, seconds, "plain step")
+    if device.type == "cuda":
+        ratio = seconds["fastmerge, graph"] / seconds["plain step, graph"]
+        results.add_value("P3", case, "fastmerge, graph", ratio, "plain step, graph")
 
 
 @pytest.mark.parametrize("images_per_task", [1, 8])

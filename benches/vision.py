@@ -31,11 +31,11 @@ class _Block(nn.Module):
 
 
 class Vision(nn.Module):
-    """A vision transformer with ViT-B/32's shapes by default and nothing else to load."""
+    """A vision transformer of the given shapes and nothing else to load."""
 
-    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12):
+    def __init__(self, width: int, depth: int, heads: int, patch: int):
         super().__init__()
-        self.patch = nn.Conv2d(3, width, 32, stride=32, bias=False)
+        self.patch = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 512)
 
@@ -44,12 +44,17 @@ class Vision(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
+# Width, depth, heads and side of a patch.
+SHAPES = {"ViT-B/32": (768, 12, 12, 32), "ViT-L/14": (1024, 24, 16, 14)}
+SMALL = {"ViT-B/32": (64, 2, 2, 32), "ViT-L/14": (64, 3, 2, 14)}
+
+
 def build(
-    small: bool, device: torch.device, count: int = TASKS
+    small: bool, device: torch.device, count: int = TASKS, shape: str = "ViT-B/32"
 ) -> tuple[nn.Module, list[nn.Module]]:
-    """A base model and `count` experts, the same for every call."""
+    """A base model of the named shapes and `count` experts, the same for every call."""
     torch.manual_seed(0)
-    base = (Vision(64, 2, 2) if small else Vision()).to(device).eval()
+    base = Vision(*(SMALL if small else SHAPES)[shape]).to(device).eval()
     experts = []
     for seed in range(count):
         generator = torch.Generator(device).manual_seed(seed)

@@ -78,3 +78,12 @@ def test_forced_strategy():
     assert choose(_problem(1), H200, EVERY) == "fused"
     with pytest.raises(ValueError, match="strategy must be one of"), use_strategy("magic"):
         pass
+
+
+def test_the_page_lists_these_expectations():
+    expectations = pytest.importorskip("tools.kernel_expectations", reason="no source checkout")
+    page = expectations.PAGE.read_text(encoding="utf-8")
+    listed = page.partition(expectations.BEGIN)[2].partition(expectations.END)[0]
+    assert listed == expectations.table(), (
+        "docs/kernels.md is out of date: python -m tools.kernel_expectations"
+    )

@@ -180,9 +180,9 @@ def _binding_flags() -> list[str]:
     return [flag for path in headers for flag in ("-isystem", path)]
 
 
-def build_cpu(output: Path, build_dir: Path) -> dict[str, object]:
+def build_cpu(output: Path, build_dir: Path, extra_flags: Sequence[str] = ()) -> dict[str, object]:
     """Compiles csrc/cpu once per level and links `output`; returns what was built."""
-    cxx = [*find_cxx(), *CXX_FLAGS, f"-I{CSRC / 'include'}"]
+    cxx = [*find_cxx(), *CXX_FLAGS, *extra_flags, f"-I{CSRC / 'include'}"]
     levels = cpu_levels()
     ninja = NinjaFile(build_dir)
     objects = [
