@@ -64,6 +64,53 @@ def test_cuda_graph_learns_the_same(setting):
     torch.testing.assert_close(learned[0], learned[1], rtol=0, atol=1e-5)
 
 
+VISION = {
+    "ViT-B/32": {},  # the configuration's defaults
+    "ViT-L/14": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+
+
+class Classifier(nn.Module):
+    """An image encoder and a linear head on its pooled output."""
+
+    def __init__(self, **shapes: int):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        self.encoder = CLIPVisionModel(CLIPVisionConfig(**shapes))
+        self.head = nn.Linear(self.encoder.config.hidden_size, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(pixel_values=images).pooler_output)
+
+
+def learn_vision(shapes: dict[str, int], device: str, cuda_graph: bool) -> torch.Tensor:
+    """Coefficients after four steps on random images."""
+    torch.manual_seed(0)
+    model = Classifier(**shapes).eval()
+    experts = [e.to(device) for e in make_experts(model, len(TASKS), scale=0.02)]
+    model = model.to(device)
+    coefficients = fm.attach(model, experts)
+    size = model.encoder.config.image_size
+    batches = {t: [torch.randn(2, 3, size, size, device=device)] * 4 for t in TASKS}
+    fm.learn(model, coefficients, batches, steps=4, lr=1e-2, cuda_graph=cuda_graph)
+    return coefficients.raw.detach().clone()
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_cuda_graph_of_vision_models(name):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    eager, graph = (learn_vision(VISION[name], "cuda", captured) for captured in (False, True))
+    assert (eager - 0.3).abs().max() > 1e-3
+    torch.testing.assert_close(graph, eager, rtol=0, atol=1e-4)
+
+
 def test_compiled_model(setting):
     model, experts, data = setting
     coefficients = fm.attach(model, experts)
