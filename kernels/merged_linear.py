@@ -113,7 +113,8 @@ WGMMA_CAPABILITIES = (9, 10)
 # More sums a thread than these leave registers only for 16-bit weights of so many experts.
 WIDE_TILE_SUMS = 32
 WIDE_TILE_EXPERTS = 16
-# Where every element takes an address: experts read at once, and activation rows of a tile.
+# Where every element takes an address: experts read at once, and activation rows of a tile, half
+# of them for more than WIDE_TILE_EXPERTS.
 UNALIGNED_GROUP = 2
 UNALIGNED_ROWS = 32
 SPLIT_ROWS = 64  # more rows than these fill the GPU without splitting
@@ -172,7 +173,8 @@ def configurations(
     width = min(128, max(16, power_of_two(rows)))
     tiles = WGMMA_TILES if capability in WGMMA_CAPABILITIES else MMA_TILES
     tiles = FP32_TILES if x_dtype == torch.float32 else tiles
-    table = tiles[width] if aligned else ((64, min(UNALIGNED_ROWS, width), 8, 2),)
+    unaligned_rows = UNALIGNED_ROWS if count <= WIDE_TILE_EXPERTS else 16
+    table = tiles[width] if aligned else ((64, min(unaligned_rows, width), 8, 2),)
     configs = []
     for out, width, warps, stages in table:
         # Eight warps would copy a merged tile this small in pieces of less than 16 bytes.
