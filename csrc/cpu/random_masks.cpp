@@ -119,14 +119,19 @@ struct Row {
     }
     memset(first, 0, (bins + 1) * sizeof(uint32_t));
     for (int64_t i = 0; i < width; ++i) ++first[bin[i] + 1];
+    for (int64_t b = 0; b < bins; ++b) first[b + 1] += first[b];
+    // In fp32, wider by one on either side than its error.
+    float start = float(low * 0x1p16),
+          slope = float((high - low) * (width > 1 ? step : 0) * 0x1p16);
+    if (width == 1) start += float((high - low) * 0.5 * 0x1p16);
     for (int64_t b = 0; b < bins; ++b) {
-      uint32_t inside = first[b + 1];
-      first[b + 1] += first[b];
-      uint64_t least = threshold(first[b]) >> 16;
-      uint64_t most_of_bin = inside > 0 ? threshold(first[b + 1] - 1) >> 16 : 0;
-      if (least > 0xffff) least = 0xffff;
-      if (most_of_bin > 0xffff) most_of_bin = 0xffff;
-      bounds[b] = uint32_t(least | most_of_bin << 16);
+      float least = start + slope * float(int32_t(first[b])) - 1.0f;
+      float most_of_bin = start + slope * float(int32_t(first[b + 1]) - 1) + 1.0f;
+      least = least < 0.0f ? 0.0f : least;
+      least = least > 65535.0f ? 65535.0f : least;
+      most_of_bin = most_of_bin < 0.0f ? 0.0f : most_of_bin;
+      most_of_bin = most_of_bin > 65535.0f ? 65535.0f : most_of_bin;
+      bounds[b] = uint32_t(int32_t(least)) | uint32_t(int32_t(most_of_bin)) << 16;
     }
     scans = 0;
     sorted = false;
