@@ -36,6 +36,8 @@ def _forced(name: str, run):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_pick(width, device, small, within, results: Results):
+    if device.type == "cpu" and not small:
+        pytest.skip("the CPU has one strategy, so nothing is picked")
     side, rows = (width // 48, ROWS[:3]) if small else (width, ROWS)
     dtype = torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
@@ -65,6 +67,7 @@ def test_pick(width, device, small, within, results: Results):
 
 def test_most_picks_are_within_five_percent(within, results: Results):
     """The share of the grid, as a row; a table of estimates is corrected from these rows."""
-    assert within, "no layer was measured"
+    if not within:
+        pytest.skip("no layer was measured")
     share = sum(ratio <= 1.05 for ratio in within) / len(within)
     results.add_value("D", f"{len(within)} layers", "picks within 5 %", share, "all")
