@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     chosen = parser.parse_args()
     base, experts = build(chosen.small, torch.device("cpu"), chosen.experts)
+    origin = [p.detach().clone() for p in base.parameters()]  # FusionBench writes into the base
     run = WAYS[chosen.way](base, experts)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -71,7 +72,7 @@ def main() -> None:
         "model_bytes": sum(p.numel() * p.element_size() for p in base.parameters()),
     }
     with torch.no_grad():
-        pairs = zip(merged.parameters(), base.parameters(), strict=True)
+        pairs = zip(merged.parameters(), origin, strict=True)
         result["norm"] = sum(float((m - b).double().square().sum()) for m, b in pairs) ** 0.5
     print(json.dumps(result))
 

@@ -5,6 +5,7 @@ A handler returns NotImplemented where it has no better way than a built copy.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -204,6 +205,16 @@ def _patch_convolution(
         input = input[(..., *(slice(None, None, step) for step in strides))]
     elif strides != kernel:
         return NotImplemented
+    patches = _unfold(input, kernel)
+    with _computed_again(patches, input, lambda: _unfold(input, kernel)):
+        x = _autocast(patches, weight)
+        y = _merged_linear("patches", x, weight, build(bias))  # [B, n1, .., O]
+    return y.movedim(-1, 1)
+
+
+def _unfold(input: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Patches of a kernel's size side by side: [B, C, size1, ..] -> [B, n1, .., C * k1 * ..]."""
+    spatial = len(kernel)
     counts = [size // k for size, k in zip(input.shape[2:], kernel, strict=True)]
     cropped = input
     for axis, (count, k) in enumerate(zip(counts, kernel, strict=True)):
@@ -212,9 +223,38 @@ def _patch_convolution(
     patches = cropped.reshape(*input.shape[:2], *split)  # [B, C, n1, k1, n2, k2, ...]
     outer = [2 + 2 * i for i in range(spatial)]
     inner = [3 + 2 * i for i in range(spatial)]
-    patches = patches.permute(0, *outer, 1, *inner).flatten(1 + spatial)  # [B, n1, .., C*k1*..]
-    y = _merged_linear("patches", _autocast(patches, weight), weight, build(bias))  # [B, n1, .., O]
-    return y.movedim(-1, 1)
+    return patches.permute(0, *outer, 1, *inner).flatten(1 + spatial)
+
+
+def _computed_again(patches: Tensor, input: Tensor, again: Callable[[], Tensor]) -> Any:
+    """Within the context autograd keeps the input instead of the patches, which are a copy of it.
+
+    Raises:
+        RuntimeError: in the backward pass, if the input was changed in place meanwhile.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or input.requires_grad
+    ):
+        return contextlib.nullcontext()
+    version = input._version
+
+    def pack(saved: Tensor) -> Tensor | None:
+        copied = saved.data_ptr() == patches.data_ptr() and saved.shape == patches.shape
+        return None if copied else saved
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        if input._version != version:
+            raise RuntimeError(
+                "the input of a merged patch convolution was changed in place before the backward "
+                f"pass: it is at version {input._version}, expected {version}"
+            )
+        return again()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 implements(F.conv1d, F.conv2d, F.conv3d)(_patch_convolution)

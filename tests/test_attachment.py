@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastmerge as fm
+from fastmerge import merged_functions
 from fastmerge.merged_weight import MergedWeight
 
 from .plain import built_weights, make_experts
@@ -312,3 +313,30 @@ def test_trimmed_deltas_keep_what_ties_elects(net, experts):
         ours = torch.cat([weights[n].deltas.tensors[k].flatten() for n in names])
         assert torch.equal(ours, expected[k])
         assert 0 < (ours != 0).sum() < total
+
+
+def test_patches_are_computed_again_for_the_backward_pass(monkeypatch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 4, stride=4)
+    experts = make_experts(conv, 2)
+    images = torch.randn(2, 3, 8, 12)
+    twin, base = copy.deepcopy(conv), {n: p.detach().clone() for n, p in conv.named_parameters()}
+    raw = torch.full((len(base), len(experts)), 0.3, requires_grad=True)
+    states = [dict(expert.named_parameters()) for expert in experts]
+    built = torch.func.functional_call(twin, built_weights(base, states, raw), (images,))
+    (expected,) = torch.autograd.grad(built.square().sum(), [raw])
+    coefficients = fm.attach(conv, experts, init=0.3)
+    unfolded = []
+    unfold = merged_functions._unfold
+    monkeypatch.setattr(
+        merged_functions, "_unfold", lambda *a: unfolded.append(a[0].shape) or unfold(*a)
+    )
+    loss = conv(images).square().sum()
+    assert len(unfolded) == 1
+    (found,) = torch.autograd.grad(loss, [coefficients.raw])
+    assert len(unfolded) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    loss = conv(images).square().sum()
+    images.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place before the backward pass"):
+        loss.backward()

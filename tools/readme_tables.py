@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,15 +17,20 @@ NAMES = {
     "task_arithmetic_tuned": "task arithmetic, λ tuned",
     "ties": "TIES, λ 1",
     "ties_tuned": "TIES, λ tuned",
+    "adamerging_task": "AdaMerging task-wise, entropy",
     "adamerging_layer": "AdaMerging layer-wise, entropy",
+    "adamerging_pp": "AdaMerging++ layer-wise, entropy",
     "adamerging_layer_kl": "AdaMerging layer-wise, KL to the experts",
+    "adamerging_layer_kl_bf16": "AdaMerging layer-wise, KL, learned in bf16",
 }
+RESULTS = ROOT / "benches" / "results"
 
 
 def demo_table() -> str:
     """Mean accuracies over the seeds of benches/results/demo.json as a Markdown table."""
-    found = json.loads((ROOT / "benches" / "results" / "demo.json").read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     tasks, seeds = found["settings"]["tasks"], found["seeds"]
+    full = any(row["protocol"] == "paper" for row in seeds[0])
     lines = [
         f"| accuracy, % | {' | '.join(tasks)} | average | lowest to highest |",
         "|---" * (len(tasks) + 3) + "|",
@@ -34,21 +41,52 @@ def demo_table() -> str:
         numbers = " | ".join(f"{value:.1f}" for value in cells)
         mean = f"**{sum(averages) / len(averages):.1f}**"
         span = f"{min(averages):.1f} to {max(averages):.1f}"
-        lines.append(f"| {NAMES[rows[0]['method']]} | {numbers} | {mean} | {span} |")
+        name = NAMES[rows[0]["method"]] + (" *" if rows[0]["protocol"] == "paper" else "")
+        lines.append(f"| {name} | {numbers} | {mean} | {span} |")
+    command = f"fastmerge demo --seeds {len(seeds)}{' --full' if full else ''}"
     lines += [
         "",
-        f"Means over seeds 0 to {len(seeds) - 1} (`fastmerge demo --seeds {len(seeds)}`, commit "
-        f"{found['commit']}), 400 scored rows",
-        "a task. Coefficients and tuned λ were found on other rows, without labels. The plain",
-        "command runs seed 0.",
+        f"Means over seeds 0 to {len(seeds) - 1} (`{command}`, commit {found['commit']}),",
+        "400 scored rows a task. Coefficients and tuned λ were found on other rows, without labels;",
+        *(["rows with a * on the scored rows, without labels, as in AdaMerging's paper."] if full else []),
+        "The plain command runs seed 0.",
+    ]
+    return "\n".join(lines)
+
+
+def bench_table() -> str:
+    """Every CPU measure of benches/results as a Markdown table: ratios, each of one run."""
+    path = next(p for p in sorted(RESULTS.glob("*.csv")) if "gpu" not in p.stem)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row["variant"] == row["of"]:
+            continue
+        more = f" ({float(row['peak_mib']):.0f} MiB)" if row["peak_mib"] else ""
+        groups[row["measure"], row["case"], row["of"]].append(
+            f"{row['variant']} {float(row['ratio']):.2f}{more}"
+        )
+    lines = ["| measure | case | ratio to | ratios |", "|---|---|---|---|"]
+    lines += [
+        f"| {measure} | {case} | {of} | {', '.join(ratios)} |"
+        for (measure, case, of), ratios in groups.items()
+    ]
+    first = rows[0]
+    lines += [
+        "",
+        f"`fastmerge bench --device cpu`, {first['device']}, {first['threads']} threads, torch "
+        f"{first['torch']}, commit {first['commit']}.",
     ]
     return "\n".join(lines)
 
 
 def with_tables(text: str) -> str:
     """The README's text with its tables renewed."""
-    marked = r"(<!-- demo table -->\n).*?(<!-- /demo table -->)"
-    return re.sub(marked, lambda m: f"{m[1]}{demo_table()}\n{m[2]}", text, flags=re.DOTALL)
+    for name, table in (("demo", demo_table), ("bench", bench_table)):
+        marked = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
+        text = re.sub(marked, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":
