@@ -19,14 +19,15 @@ def _tensors(entries: int, dtype: torch.dtype, device: torch.device) -> list[tor
     return [t.to(device, dtype) for t in (base, *deltas)]
 
 
-def _entries(small: bool, device: torch.device) -> int:
-    return 1 << 16 if small else 1 << (28 if device.type == "cuda" else 24)
+def _entries(small: bool, device: torch.device, dtype: torch.dtype) -> int:
+    """Entries of one tensor: of equal bytes for every dtype, too many for a copy to stay cached."""
+    return 1 << 16 if small else (1 << (30 if device.type == "cuda" else 26)) // dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_weighted_sum(benchmark, dtype, device, rounds, small, results):
     """P1: (K + 1) reads and one write into a given tensor."""
-    entries = _entries(small, device)
+    entries = _entries(small, device, dtype)
     base, *deltas = _tensors(entries, dtype, device)
     lam = torch.linspace(0.1, 0.4, COUNT, device=device)
     out, target = torch.empty_like(base), torch.empty_like(base)
@@ -62,7 +63,7 @@ def test_weighted_sum(benchmark, dtype, device, rounds, small, results):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_ties_merge(benchmark, dtype, device, rounds, small, results):
     """P2: exact thresholds and merge; the floor counts 2 K reads and one write."""
-    entries = _entries(small, device) // 2
+    entries = _entries(small, device, dtype) // 2
     base, *deltas = _tensors(entries, dtype, device)
     merged, target = torch.empty_like(base), torch.empty_like(base)
 
