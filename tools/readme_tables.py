@@ -48,7 +48,7 @@ def demo_table() -> str:
         "",
         f"Means over seeds 0 to {len(seeds) - 1} (`{command}`, commit {found['commit']}),",
         "400 scored rows a task. Coefficients and tuned λ were found on other rows, without labels;",
-        *(["rows with a * on the scored rows, without labels, as in AdaMerging's paper."] if full else []),
+        *(["rows with a * on the scored rows, as in AdaMerging's paper."] if full else []),
         "The plain command runs seed 0.",
     ]
     return "\n".join(lines)
