@@ -47,7 +47,7 @@ def demo_table() -> str:
     lines += [
         "",
         f"Means over seeds 0 to {len(seeds) - 1} (`{command}`, commit {found['commit']}),",
-        "400 scored rows a task. Coefficients and tuned λ were found on other rows, without labels;",
+        "400 scored rows a task. Coefficients and tuned λ were found on other rows, unlabelled;",
         *(["rows with a * on the scored rows, as in AdaMerging's paper."] if full else []),
         "The plain command runs seed 0.",
     ]
