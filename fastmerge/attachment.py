@@ -226,6 +226,9 @@ def detach(model: nn.Module) -> nn.Module:
     Args:
         model: a model after `attach`, also after `materialize`.
 
+    Returns:
+        The model, changed in place.
+
     Raises:
         ValueError: the model was never attached.
     """
@@ -251,8 +254,11 @@ def materialize(model: nn.Module) -> nn.Module:
     Args:
         model: a model after `attach`.
 
+    Returns:
+        The model, changed in place.
+
     Raises:
-        ValueError: the model was never attached.
+        ValueError: the model was never attached, or a merged weight was replaced since.
     """
     record = checked_attachment(model)
     built = {n: torch.empty_like(w.base, requires_grad=False) for n, w in record.weights.items()}
@@ -270,6 +276,9 @@ def remerge_(model: nn.Module, coefficients: Coefficients | Tensor) -> nn.Module
     Args:
         model: a model after `attach` and `materialize`.
         coefficients: the module, or a tensor [K] or like its `matrix()`, [L, K] without chunks.
+
+    Returns:
+        The model, changed in place.
 
     Raises:
         ValueError: the model is not materialized, or the coefficients do not fit.

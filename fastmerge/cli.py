@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Merge fine-tuned models and learn merge coefficients.",
+    help="Merge fine-tuned models. Coefficients are learned from Python, by fastmerge.learn.",
 )
 
 
@@ -130,19 +130,21 @@ def demo(
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, in mergekit's YAML format or ours.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe, in mergekit's YAML format.")],
     out: Annotated[Path, typer.Argument(help="Folder to be made.")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, its bytes and memory; write nothing.")
     ] = False,
-    max_memory: Annotated[str, typer.Option(help="Memory besides the page cache.")] = "1GiB",
+    max_memory: Annotated[
+        str, typer.Option(help="Memory that blocks in work may take, besides the page cache.")
+    ] = "1GiB",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was interrupted.")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the output again and compare.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Blocks computed at a time.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of random methods, in place of the recipe's.")
@@ -180,7 +182,9 @@ def merge(
 @app.command()
 def inspect(
     base: Annotated[str, typer.Argument(help="Folder of the base model.")],
-    experts: Annotated[list[str], typer.Argument(help="Folders of experts or LoRA adapters.")],
+    experts: Annotated[
+        list[str], typer.Argument(help="Their folders, LoRA adapters, or folder+adapter.")
+    ],
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers to this file.")
     ] = None,

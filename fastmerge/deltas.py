@@ -38,12 +38,20 @@ class Deltas:
 
 
 class Experts(Deltas):
-    """The experts' weights themselves; no task vector is ever written."""
+    """The experts' weights W_k themselves: tau_k = W_k - base, subtracted in registers.
+
+    Args:
+        tensors: K tensors [*] of the base's shape and one dtype.
+    """
 
     experts = True
 
 
 class Dense(Deltas):
-    """Task vectors tau_k, stored whole."""
+    """Task vectors tau_k, stored whole.
+
+    Args:
+        tensors: K tensors [*] of the base's shape and one dtype.
+    """
 
     experts = False

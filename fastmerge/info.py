@@ -62,4 +62,14 @@ def _runs_on(name: str, compiled: bool) -> str:
 
 
 _TRITON = ("merged_linear", "merged_linear_backward", "softmax_entropy", "softmax_entropy_backward")
-_CUDA = frozenset(_library.REGISTERED) - {"softmax_entropy", "softmax_entropy_backward"}
+_CUDA = (
+    "weighted_sum",
+    "weighted_sum_out",
+    "coefficient_grad",
+    "combine_and_dot",
+    "merged_linear",
+    "merged_linear_backward",
+    "magnitude_histogram",
+    "ties_merge_out",
+    "ties_masks",
+)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastmerge
+from fastmerge import info
 from fastmerge.cli import app
 from fastmerge.jobs.recipe import read_recipe
 from fastmerge.ops import _library
@@ -76,6 +78,25 @@ def test_kernel_table_matches_the_registry():
         assert tests
         for test in tests:
             assert name in (ROOT / "tests" / test).read_text(encoding="utf-8"), (name, test)
+
+
+def test_kernel_table_matches_what_info_tells():
+    for name, _, _, _, cuda, triton, _ in _table("| op |"):
+        family = {name.strip("`") + suffix for suffix in ("", "_out", "_backward")}
+        assert cuda.startswith(("yes", "offline")) == bool(family & {*info._CUDA}), name
+        assert triton.startswith(("yes", "offline")) == bool(family & {*info._TRITON}), name
+    assert {*info._CUDA, *info._TRITON} <= set(_library.REGISTERED)
+
+
+def test_public_names_are_explained():
+    documents = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    unnamed = [
+        name
+        for name in fastmerge.__all__
+        if not re.search(rf"(`|\bfm\.|\bfastmerge\.){name}\b", documents)
+    ]
+    assert unnamed == []
+    assert all(getattr(fastmerge, name).__doc__ for name in fastmerge.__all__)
 
 
 def test_install_variables_are_read_by_the_code():
