@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch  # before the extension, so that both use the same OpenMP runtime
 
+HUGE_PAGES_FROM = 4 << 20  # bytes
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -69,6 +70,19 @@ def for_device(device: torch.device) -> tuple[ModuleType | None, str]:
     kernels = importlib.import_module(f"{__package__}._native_cuda")
     reason = kernels.unavailable_reason(device)
     return (None, reason) if reason else (kernels, "")
+
+
+def fresh(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor of a tensor's shape, for a result.
+
+    Faulting in small pages costs several times what a streaming kernel takes to fill them, so a
+    large CPU tensor asks for huge ones.
+    """
+    out = like.new_empty(like.shape, dtype=dtype)
+    real = type(out) is torch.Tensor and out.device.type == "cpu"
+    if cpu is not None and real and out.nbytes >= HUGE_PAGES_FROM:
+        cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def weighted_sum(

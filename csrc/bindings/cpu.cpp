@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -334,6 +338,18 @@ void set_isa(const std::string& name) {
   throw py::value_error("instruction set: expected one of " + known + ", found '" + name + "'");
 }
 
+// Advice only: where the system has no huge pages to give, nothing changes.
+void advise_huge_pages(uintptr_t address, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  uintptr_t end = (address + uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -359,6 +375,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("task_variance", &task_variance);
   m.def("softmax_entropy", &softmax_entropy);
   m.def("softmax_entropy_backward", &softmax_entropy_backward);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.attr("limbs") = fastmerge::cpu::kLimbs;
   m.attr("histogram_bins") = fastmerge::cpu::kHistogramBins;
   m.def("isa", [] { return std::string(fastmerge::cpu::isa()); });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._native import fresh
 from ..backends import native_kernels
 from ._bits import pack_bits
 from ._library import (
@@ -69,7 +70,7 @@ def ties_merge(
 
     if out is None:
         first = tensors[0] if base is None else base
-        out = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+        out = fresh(first, first.dtype)
     elif any(out is t for t in (base, *tensors)):
         raise ValueError("ties_merge: out must not be base or a delta, which are read twice")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._native import fresh
 from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,
@@ -63,7 +64,7 @@ def weighted_sum(
         raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(formats)} deltas")
     unpacked = [unpack_deltas(d) for d in formats]
     if out is None:
-        outs = [torch.empty_like(b, dtype=dtype, requires_grad=False) for b in bases]
+        outs = [fresh(b, dtype or b.dtype) for b in bases]
     else:
         outs = [out] if single else list(out)
         if dtype is not None and any(o.dtype != dtype for o in outs):
@@ -100,7 +101,7 @@ def _reference(base, deltas, coefficients, experts, dtype):
 
 
 def _compiled(base, deltas, coefficients, experts, dtype):
-    out = base.new_empty(base.shape, dtype=dtype or base.dtype)
+    out = fresh(base, dtype or base.dtype)
     kernels = native_kernels("weighted_sum", base, *deltas[:1], coefficients, out)
     if kernels is None:
         return _reference(base, deltas, coefficients, experts, dtype)
