@@ -56,6 +56,7 @@ def run_inspect(
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(found.as_json(), indent=2, allow_nan=False) + "\n")
     if plot is not None:
         plot_inspection(found, labels, plot)

@@ -154,10 +154,25 @@ def test_prefetched_and_released_rows_read_the_same(tmp_path):
     values = dense(300, 100)
     checkpoint = Checkpoint.open(write_folder(tmp_path, {"a": dense(7), "b": values}))
     checkpoint.prefetch("b", 20, 200)
+    checkpoint.prefetch("b", 300, 300)
     assert torch.equal(checkpoint.read("b", 20, 200), values[20:200])
     checkpoint.release("b", 20, 200)
     checkpoint.release("b", 20, 21)
     assert torch.equal(checkpoint.read("b"), values)
+
+
+def test_a_file_takes_one_descriptor_and_gives_it_back(tmp_path):
+    write_folder(tmp_path, *({f"t{n}": dense(2)} for n in range(9)))
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before + 9
+    del checkpoint
+    assert len(os.listdir("/proc/self/fd")) == before
+    (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"x" * 20)
+    for _ in range(3):
+        with pytest.raises(CheckpointError):
+            Checkpoint.open(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("index", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
 from fastmerge.checkpoint import Checkpoint, CheckpointError
-from fastmerge.checkpoint.writer import OutputLock
+from fastmerge.checkpoint.writer import OutputLock, check_target
 from fastmerge.jobs import engine
 from fastmerge.jobs.plan import Output, Plan, Source
 from fastmerge.methods import (
@@ -259,6 +260,11 @@ def test_inputs_are_never_overwritten(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="no folder"):
         run(make_plan(folders, Average()), tmp_path / "file", overwrite=True)
+
+
+def test_a_mount_point_is_refused_before_any_work():
+    with pytest.raises(CheckpointError, match="a mount point"):
+        check_target(Path("/proc"), overwrite=True)
 
 
 def test_one_job_at_a_time(tmp_path):

@@ -144,6 +144,12 @@ def test_refusals(models, arguments, message):
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
 
 
+def test_the_folder_of_the_numbers_is_made(models):
+    result = CliRunner().invoke(app, ["inspect", "base", "a", "--json", "new/i.json"])
+    assert result.exit_code == 0, result.exception
+    assert json.loads((models / "new" / "i.json").read_text())["experts"] == ["a"]
+
+
 def test_labels_are_short_unless_they_repeat():
     assert short_names(["x/a", "y/b/"]) == ["a", "b"]
     assert short_names(["x/a", "y/a"]) == ["x/a", "y/a"]

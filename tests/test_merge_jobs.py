@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
+from fastmerge.checkpoint import CheckpointError
 from fastmerge.cli import app
 from fastmerge.coefficients import Coefficients
 from fastmerge.merge_command import parse_size, run_merge
@@ -211,6 +212,31 @@ def test_adapters_are_added_to_their_base(models):
     expected = base[module + ".weight"] + 2 * b @ a
     torch.testing.assert_close(alone[module + ".weight"], expected)
     assert torch.equal(alone["lm_head.weight"], base["lm_head.weight"])
+
+
+@pytest.mark.parametrize("out", ["base", "b", "recipes", "learned"])
+def test_nothing_that_is_read_is_overwritten(models, out):
+    """The base of adapters, a tokenizer's model, the recipe and its coefficients."""
+    (models / "adapter").mkdir()
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    factors = {factor + "A.weight": torch.ones(1, 8), factor + "B.weight": torch.ones(8, 1)}
+    save_file(factors, models / "adapter" / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (models / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+    recipe = {"merge_method": "average", "models": ["base+adapter"], "tokenizer_source": "b"}
+    for folder in ("recipes", "learned"):
+        (models / folder).mkdir()
+    if out == "learned":
+        path = models / "learned" / "c.safetensors"
+        Coefficients(["lm_head.weight"], ["a"], init=0.5).save(path)
+        recipe = {"merge_method": "weighted", "base_model": "base", "models": ["a"]}
+        recipe["coefficients"] = "learned/c.safetensors"
+    (models / "recipes" / "r.yaml").write_text(yaml.safe_dump(recipe))
+    before = sorted(models.rglob("*"))
+    arguments = ["merge", "recipes/r.yaml", out, "--overwrite"]
+    result = typer_testing.CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, CheckpointError), result.exception
+    assert "the input" in str(result.exception) and sorted(models.rglob("*")) == before
 
 
 def test_dry_run_tells_and_writes_nothing(models, capsys):

@@ -16,6 +16,7 @@ from fastmerge.jobs.recipe import RecipeError, read_recipe
 from fastmerge.jobs.templates import TEMPLATES
 from fastmerge.methods import Average, TaskArithmetic, Ties, Weighted
 
+from .checkpoints import write_folder
 from .tiny_models import tensors_of, words, write_model
 
 
@@ -128,6 +129,16 @@ def test_slices_take_the_base_models_layers_of_the_same_range(models):
     assert first.base.key == first.experts[0].key == "model.layers.1.mlp.down_proj.weight"
     assert first.method.scaling.of(1) == [0.0]
     assert outputs["model.layers.1.mlp.down_proj.weight"].method.scaling.of(1) == [1.0]
+
+
+@pytest.mark.parametrize("stack", ["", "h."])
+def test_tensors_beside_the_layers_stay_whatever_their_names(models, stack):
+    tensors = {f"{stack}{layer}.weight": torch.ones(4, 4) for layer in range(3)}
+    write_folder(models / "plain", tensors | {f"{stack}norm.weight": torch.ones(4)})
+    part = {"sources": [{"model": "plain", "layer_range": [0, 2]}]}
+    plan, report = _plan(merge_method="passthrough", slices=[part])
+    assert set(_by_name(plan)) == {f"{stack}{n}.weight" for n in (0, 1, "norm")}
+    assert not report.left_out
 
 
 def test_lists_with_an_entry_a_layer_follow_the_slices(models):
@@ -269,6 +280,17 @@ def test_an_expert_that_ties_gives_its_embedding_for_the_output_layer(models):
     assert report.tied == [
         "tied: a has no 'lm_head.weight', its 'model.embed_tokens.weight' is taken"
     ]
+
+
+def test_a_matrix_that_holds_no_tokens_is_tied_to_nothing(models):
+    """As BERT's: its configuration is silent, pooler and prediction head are of one shape."""
+    for seed, name in enumerate(("base", "a", "b")):
+        tensors = tensors_of(seed, tied=True) | {"pooler.weight": torch.ones(8, 8)}
+        if name == "base":
+            tensors["transform.weight"] = torch.ones(8, 8)
+        write_model(models / name, tensors, words(12), tie_word_embeddings=None)
+    _, report = _plan(**SCALED)
+    assert report.copied == {"transform.weight": "no expert has it"} and not report.tied
 
 
 def test_an_output_layer_of_its_own_is_not_dropped_in_silence(models):

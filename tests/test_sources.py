@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastmerge as fm
+from fastmerge.sources import read_experts
 
 from .checkpoints import write_folder
 from .layouts import IDS, gpt2, transformers
@@ -150,6 +151,14 @@ def test_lora_adapters(model, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     changed = "transformer.h.0.attn.c_attn.weight"
     assert (merged.state_dict()[changed] - fm.detach(model).state_dict()[changed]).abs().max() > 0.1
+
+
+def test_adapters_follow_their_base_to_its_device(tmp_path):
+    folder, factors = _write_adapter(tmp_path / "lora")
+    names = [f"transformer.h.{block}.attn.c_attn.weight" for block in range(2)]
+    base = {name: torch.zeros(16, 48, device="meta") for name in names}
+    (expert,) = read_experts([folder], base).values()
+    assert {tensor.device.type for tensor in expert.values()} == {"meta"} and factors
 
 
 def test_a_checkpoint_of_half_precision_in_a_folder_of_hugging_face(model, experts, tmp_path):

@@ -144,6 +144,12 @@ def test_the_order_of_rows_is_part_of_the_hash(models):
     assert len(set(hashes.values())) == 3
 
 
+def test_every_model_that_gives_rows_is_part_of_the_hash(models):
+    before = _plan("model:two", models=["base", "one"]).checkpoints["one"].hash()
+    write_model(models / "two", tensors_of(9, rows=4), TOKENS["two"])
+    assert _plan("model:two", models=["base", "one"]).checkpoints["one"].hash() != before
+
+
 def test_a_missing_tokenizer_is_refused(models):
     (models / "two" / "tokenizer.json").unlink()
     with pytest.raises(RecipeError, match=r"two: two/tokenizer.json is missing"):

@@ -98,7 +98,8 @@ class LoraCheckpoint:
             return rows
         dtype = _computed_in(rows.dtype)
         stop = start + len(rows)
-        a, b = (self._adapter.read(f).to(dtype).flatten(1) for f in (factors.a, factors.b))
+        stored = (self._adapter.read(factor) for factor in (factors.a, factors.b))
+        a, b = (factor.to(rows.device, dtype).flatten(1) for factor in stored)
         # A and B^T change places where the stored weight is the transposed product.
         delta = a[:, start:stop].T @ b.T if factors.transposed else b[start:stop] @ a
         return rows.to(dtype) + factors.scaling * delta.view(rows.shape)

@@ -59,6 +59,7 @@ class MappedFile:
                 descriptor, header_length(prefix, status.st_size, str(path)), LENGTH_BYTES
             )
             self.header: Header = parse_header(text, status.st_size, str(path))
+            # The mapping keeps a descriptor of its own, and closes it when nothing refers to it.
             self._map = mmap.mmap(
                 descriptor,
                 status.st_size,
@@ -66,12 +67,9 @@ class MappedFile:
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
         except OSError as error:
-            os.close(descriptor)
             raise CheckpointError(f"{path}: {error.strerror}") from error
-        except BaseException:
+        finally:
             os.close(descriptor)
-            raise
-        self._descriptor = descriptor
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         stamp = f"{status.st_size} {status.st_mtime_ns}".encode()
         self.digest = hashlib.sha256(text + stamp).hexdigest()
@@ -91,7 +89,9 @@ class MappedFile:
     def prefetch(self, extent: Extent, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read rows ahead, without waiting for them."""
         begin, end = row_bytes(extent, start, stop)
-        os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        begin -= begin % mmap.PAGESIZE
+        if begin < end:
+            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
     def release(self, extent: Extent, start: int = 0, stop: int | None = None) -> None:
         """Give up the process's hold on rows' pages; they stay in the system's cache."""
@@ -102,10 +102,7 @@ class MappedFile:
 
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            del self._bytes, self._map
+        self._bytes = self._map = None
 
 
 def row_bytes(extent: Extent, start: int, stop: int | None) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Non
         FileExistsError: there is something already.
         CheckpointError: an input is in the way.
     """
-    if not out.name:
+    if out.name in ("", ".."):
         raise CheckpointError(f"{out}: not the name of a folder to be made")
     real = out.resolve()
     for folder in inputs:
@@ -88,6 +88,8 @@ def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Non
             raise CheckpointError(f"{out}: the input {folder} is there; write somewhere else")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"{out}: exists and is no folder")
+    if os.path.ismount(out):
+        raise CheckpointError(f"{out}: a mount point; write to a folder in it")
     if out.exists() and not overwrite and any(out.iterdir()):
         raise FileExistsError(f"{out}: exists; overwrite it explicitly or write somewhere else")
 

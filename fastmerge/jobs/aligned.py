@@ -94,10 +94,12 @@ class AlignedCheckpoint:
             self.inner.release(key, start, stop)
 
     def hash(self) -> str:
-        """sha256 over the checkpoint's hash and the order of its rows."""
+        """sha256 over the hashes of all checkpoints that give rows, and their order."""
         total = hashlib.sha256(self.inner.hash().encode())
         for name, index in (("", self.alignment.own), *self.alignment.others):
             total.update(f"\0{name}\0".encode() + index.numpy().tobytes())
+        for name, _ in self.alignment.others:
+            total.update(self.models[name].hash().encode())
         return total.hexdigest()
 
     def close(self) -> None:

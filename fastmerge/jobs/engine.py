@@ -244,7 +244,8 @@ def _prepare(
             remove_journals(out)
             if resume and published == plan_hash and not folder.exists():
                 return lock, True
-        check_target(out, overwrite, [c.folder for c in plan.checkpoints.values()])
+        inputs = [*plan.folders, *(c.folder for c in plan.checkpoints.values())]
+        check_target(out, overwrite, inputs)
         if folder.exists() and _goes_on(folder, plan_hash, resume):
             return lock, False
         folder.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +61,8 @@ class Plan:
         texts: {file name: contents} of other files to write: configuration, tokenizer, model card.
         shard_bytes: largest size of one output file.
         seed: the job's seed, for methods that draw random numbers.
+        folders: folders and files that were read besides the checkpoints' own; the output must not
+            replace them.
     """
 
     outputs: tuple[Output, ...]
@@ -68,3 +71,4 @@ class Plan:
     texts: Mapping[str, bytes] = field(default_factory=dict)
     shard_bytes: int = 5_000_000_000
     seed: int = 0
+    folders: tuple[Path, ...] = ()

@@ -115,8 +115,18 @@ def make_plan(
         texts=texts,
         shard_bytes=shard_bytes,
         seed=seed if seed is not None else recipe.seed or 0,
+        folders=tuple(_read_from(recipe, folders, beside)),
     )
     return plan, planner.report
+
+
+def _read_from(recipe: Recipe, folders: Mapping[str, Path], beside: Path | None) -> Iterator[Path]:
+    """All inputs: an adapter's base and a tokenizer's model too, and where the recipe is."""
+    yield from folders.values()
+    if beside is not None:
+        yield beside
+    if recipe.coefficients is not None:
+        yield find_place(recipe.coefficients, beside)
 
 
 class _Planner:
@@ -184,7 +194,8 @@ class _Planner:
     def _sliced(self) -> Iterator[_Tensor]:
         stack = self._stack(self.reference)
         slices = self.recipe.slices
-        outside = [key for key in self.reference.tensors if not key.startswith(stack)]
+        located = self.reference.stacks.locate
+        outside = [key for key in self.reference.tensors if located(key) is None]
         self.layer_sources = []
         before = [key for key in outside if precedes_layers(key)]
         yield from (self._outside(key, slices[0]) for key in before)

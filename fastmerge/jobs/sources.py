@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .folder import vocabulary_size
 from .models import Model
 from .recipe import ModelName
 from .yaml_reader import RecipeError
@@ -111,7 +112,7 @@ class Finder:
 
 def tied_to(model: Model, shape: tuple[int, ...]) -> str | None:
     """The one tensor of a shape that another, which the model does not store, is tied to."""
-    if model.is_tied is False or len(shape) != 2:
+    if model.is_tied is False or not _has_tokens(model, shape):
         return None
     same = [
         key
@@ -124,9 +125,14 @@ def tied_to(model: Model, shape: tuple[int, ...]) -> str | None:
 def _is_output_layer(model: Model, key: str) -> bool:
     """Whether a tensor outside the layers has the shape of another one: embedding and output."""
     shape = model.tensors[key].shape
-    if len(shape) != 2 or model.stacks.locate(key) is not None:
+    if not _has_tokens(model, shape) or model.stacks.locate(key) is not None:
         return False
     return any(
         other != key and entry.shape == shape and model.stacks.locate(other) is None
         for other, entry in model.tensors.items()
     )
+
+
+def _has_tokens(model: Model, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix can have one row a token, as far as the configuration tells."""
+    return len(shape) == 2 and vocabulary_size(model.config) in (None, shape[0])

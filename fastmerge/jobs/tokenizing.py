@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .aligned import AlignedCheckpoint
+from .folder import edit_config
 from .models import Model
 from .recipe import ModelName, Tokenizer
 from .sources import tied_to
@@ -63,7 +64,8 @@ def align_models(
         places = {key: _names_of(key, models[name], models) for key in keys[name]}
         if not (sizes[name] == rows and alignments[name].is_identity):
             checkpoint = AlignedCheckpoint(model.checkpoint, places, alignments[name], checkpoints)
-            model = replace(model, checkpoint=checkpoint)
+            config = edit_config(model.config, vocabulary=rows)
+            model = replace(model, checkpoint=checkpoint, config=config)
         aligned[name] = model
     changed = target.ids != vocabularies[layout].ids
     return Aligned(aligned, rows, models[layout], target if changed else None)
