@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -277,7 +277,7 @@ def ties_merge(
     experts: bool = False,
     mode: int = 0,
     scaling: float = 1.0,
-    majority: int = 0,
+    majority: int | None = 0,
     add_base: bool = False,
 ) -> torch.Tensor:
     """Trim, elect and merge one tensor into `out`.
@@ -290,12 +290,19 @@ def ties_merge(
         thresholds: fp32 [K]; tau_k is kept where |tau_k| >= thresholds[k].
         out: tensor of that size; may be base.
         mode: 0 mean, 1 sum, 2 largest magnitude.
-        majority: the sign, -1, 0 or 1, where the kept values add up to zero.
+        majority: the sign, -1, 0 or 1, where the kept values add up to zero; None takes the
+            majority that the returned votes give.
 
     Returns:
         int64 [2]: the sum of the elected signs before `majority`, and the number of entries whose
         kept values cancel exactly.
     """
+    if majority is None:
+        # A first merge must not overwrite the base that the second one reads.
+        shared = base is not None and _memory(base) == _memory(out)
+        arguments = (base.clone() if shared else base, deltas, thresholds, out)
+        options = dict(experts=experts, mode=mode, scaling=scaling, add_base=add_base)
+        return _own_majority(lambda sign: ties_merge(*arguments, majority=sign, **options))
     deltas = _one_dtype(deltas)
     stats = torch.empty(2, dtype=torch.int64)
     cpu.ties_merge(
@@ -325,7 +332,7 @@ def ties_masks(
     masks: torch.Tensor,
     *,
     experts: bool = False,
-    majority: int = 0,
+    majority: int | None = 0,
 ) -> torch.Tensor:
     """Write which entries of each tau_k TIES keeps and elects as packed bits.
 
@@ -336,6 +343,9 @@ def ties_masks(
     Returns:
         int64 [2] as from `ties_merge`.
     """
+    if majority is None:
+        arguments = (base, deltas, thresholds, masks)
+        return _own_majority(lambda sign: ties_masks(*arguments, experts=experts, majority=sign))
     deltas = _one_dtype(deltas)
     stats = torch.empty(2, dtype=torch.int64)
     cpu.ties_masks(
@@ -645,6 +655,19 @@ def softmax_entropy_backward(
         torch.get_num_threads(),
     )
     return grad_logits
+
+
+def _own_majority(run: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Votes of run(0), which is followed by a run with their majority if that decides an entry."""
+    stats = run(0)
+    signs, cancelled = stats.tolist()
+    if cancelled and signs:
+        run(1 if signs > 0 else -1)
+    return stats
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -188,7 +188,7 @@ def ties_merge(
     experts: bool = False,
     mode: int = 0,
     scaling: float = 1.0,
-    majority: int = 0,
+    majority: int | None = 0,
     add_base: bool = False,
 ) -> Tensor:
     """Trim, elect and merge one tensor into `out`.
@@ -201,7 +201,8 @@ def ties_merge(
         thresholds: fp32 [K]; tau_k is kept where |tau_k| >= thresholds[k].
         out: tensor of that size; may be base.
         mode: 0 mean, 1 sum, 2 largest magnitude.
-        majority: the sign, -1, 0 or 1, where the kept values add up to zero.
+        majority: the sign, -1, 0 or 1, where the kept values add up to zero; None takes the
+            majority that the returned votes give, without the host.
 
     Returns:
         int64 [2]: the sum of the elected signs before `majority`, and the number of entries whose
@@ -234,7 +235,7 @@ def ties_masks(
     masks: Tensor,
     *,
     experts: bool = False,
-    majority: int = 0,
+    majority: int | None = 0,
 ) -> Tensor:
     """Write which entries of each tau_k TIES keeps and elects as packed bits.
 

@@ -400,6 +400,22 @@ def test_ties_without_base_and_in_place() -> None:
     assert torch.equal(base, expected)
 
 
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_ties_finds_its_own_majority_in_place_too(sign: int) -> None:
+    base, thresholds = torch.arange(6.0), torch.zeros(2)
+    deltas = [torch.tensor([3.0, sign, 0, 2, 0, 4]), torch.tensor([-3.0, sign, 0, -2, 0, -4])]
+    out, masks = poisoned(6, torch.float32), torch.empty(2, 1, dtype=torch.uint8)
+    options = dict(mode=2, add_base=True)
+    votes = _native.ties_merge(base, deltas, thresholds, out, majority=sign, **options)
+    _native.ties_masks(base, deltas, thresholds, masks, majority=sign)
+    found, room = torch.full_like(masks, 255), base.clone()
+    assert torch.equal(_native.ties_masks(None, deltas, thresholds, found, majority=None), votes)
+    assert torch.equal(found, masks)
+    for target in (poisoned(6, torch.float32), room):
+        own = _native.ties_merge(room, deltas, thresholds, target, majority=None, **options)
+        assert torch.equal(target, out) and torch.equal(own, votes)
+
+
 def entropy_oracle(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Entropy, log-sum-exp and probabilities in the logits' own precision (fp32 or fp64)."""
     log_p = torch.log_softmax(logits, -1)

@@ -177,10 +177,13 @@ CASES = {
         },
     ),
     "ties_merge_out": Case(
-        lambda: [
-            [base(dtype), deltas(), torch.ones(3), base(), experts, True, merge, 0.5, 1]
-            for dtype, experts, merge in ((BF16, True, "mean"), (torch.float32, False, "max"))
-        ],
+        lambda: (
+            [
+                [base(dtype), deltas(), torch.ones(3), base(), experts, True, merge, 0.5, 1]
+                for dtype, experts, merge in ((BF16, True, "mean"), (torch.float32, False, "max"))
+            ]
+            + [[base(), deltas(), torch.ones(3), None, False, False, "sum", 0.5, None]]
+        ),
         lambda: {
             "dtype": (
                 [INTEGERS, deltas(), torch.ones(3), None, False, False, "sum", 1.0, 0],
@@ -194,6 +197,7 @@ CASES = {
     ),
     "ties_masks": Case(
         lambda: [
+            [deltas(), torch.ones(3), None, False, None],
             [deltas(), torch.ones(3), None, False, 0],
             [[grid(BASE, BF16, seed=k) for k in range(4)], torch.zeros(4), base(BF16), True, -1],
         ],

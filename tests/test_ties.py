@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmerge import Dense, Experts, use_backend
 from fastmerge.ops import ties_masks, ties_merge
@@ -58,6 +59,13 @@ def test_exact_cancellations_follow_the_majority(backend, sign):
     assert torch.equal(merged, sign * torch.tensor([2.0, 1, 2, 2]))
     masks = unpack(ties_masks(deltas, density=1.0), 4)
     assert masks.tolist() == [[True, False, True, True], [True, True, True, False]]
+
+
+def test_no_majority_needs_no_value_on_the_host():
+    with FakeTensorMode():
+        deltas, thresholds = [torch.zeros(9), torch.zeros(9)], torch.zeros(2)
+        assert ties_merge(deltas, thresholds=thresholds).shape == (9,)
+        assert ties_masks(deltas, thresholds=thresholds).shape == (2, 2)
 
 
 def test_cancellations_without_a_majority_are_treated_as_negative(backend):

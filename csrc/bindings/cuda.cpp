@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -189,25 +190,25 @@ void magnitude_refine(const Place& place, uintptr_t counts, uintptr_t bits, uint
 }
 
 void ties_merge(const Place& place, const Tensors& tensors, uintptr_t thresholds, uintptr_t out,
-                int out_dtype, uintptr_t stats, int merge, float scaling, int majority,
-                bool add_base) {
+                int out_dtype, uintptr_t stats, int merge, float scaling,
+                std::optional<int> majority, bool add_base) {
   expect_dtype("out_dtype", out_dtype);
   expect_merge(merge);
   py::gil_scoped_release release;
   place.run(cuda::ties_merge,
-            cuda::TiesMergeParams{tensors.list(), pointer<const float>(thresholds),
-                                  pointer<void>(out), pointer<unsigned long long>(stats), out_dtype,
-                                  static_cast<cuda::Merge>(merge), scaling, majority, add_base,
-                                  place.multiprocessors});
+            cuda::TiesMergeParams{
+                tensors.list(), pointer<const float>(thresholds), pointer<void>(out),
+                pointer<unsigned long long>(stats), out_dtype, static_cast<cuda::Merge>(merge),
+                scaling, majority.value_or(cuda::kOwnMajority), add_base, place.multiprocessors});
 }
 
 void ties_masks(const Place& place, const Tensors& tensors, uintptr_t thresholds, uintptr_t masks,
-                uintptr_t stats, int majority) {
+                uintptr_t stats, std::optional<int> majority) {
   py::gil_scoped_release release;
   place.run(cuda::ties_masks,
             cuda::TiesMasksParams{tensors.list(), pointer<const float>(thresholds),
                                   pointer<uint8_t>(masks), pointer<unsigned long long>(stats),
-                                  majority, place.multiprocessors});
+                                  majority.value_or(cuda::kOwnMajority), place.multiprocessors});
 }
 
 void probe(int device, uintptr_t arch, uintptr_t stream) {

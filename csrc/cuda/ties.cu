@@ -3,7 +3,8 @@
 // Contiguous tensors; out and masks are overwritten, stats is overwritten. Sums are fp32 in order
 // of k. A NaN is below every threshold, hence trimmed. Positive and negative values are summed
 // side by side, so the merge needs a single pass over the deltas for any K. Statistics are sums of
-// integers, hence the same for any grid.
+// integers, hence the same for any grid. A majority that is the tensor's own is read by a second
+// launch from the statistics of the first, so that no host waits for them.
 #include "fastmerge/cuda.h"
 #include "fastmerge/cuda_launch.h"
 #include "tables.h"
@@ -16,21 +17,30 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 8;
 constexpr int kWarp = 32;
 
+// What a launch has to do with the election.
+enum class Pass {
+  kVote,     // add to stats; `majority` is given
+  kCorrect,  // stats give the majority; the output has been written with majority 0
+  kWrite,    // stats give the majority; nothing has been written
+};
+
 struct MergeArguments {
   TensorTable table;
   const float* thresholds;  // [K]
   unsigned long long* stats;
   float scaling;
   int majority;
+  Pass pass;
   bool add_base;
 };
 
 struct MasksArguments {
   TensorTable table;
   const float* thresholds;  // [K]
-  uint8_t* masks;           // [K, ceil(size / 8)]
+  uint8_t* masks;           // [K, ceil(size / 8)]; null: only votes
   unsigned long long* stats;
   int majority;
+  Pass pass;
 };
 static_assert(sizeof(MergeArguments) <= 4096 && sizeof(MasksArguments) <= 4096, "kernel arguments");
 
@@ -41,6 +51,21 @@ __device__ __forceinline__ float trim(float tau, float threshold) {
 // Whether positive values are selected; negative ones are elsewhere.
 __device__ __forceinline__ bool elects_positive(float sum, int majority) {
   return majority > 0 ? sum >= 0.0f || sum != sum : sum > 0.0f;
+}
+
+// The majority that a launch works with, in shared memory. Called once by all threads of the block.
+template <class Arguments>
+__device__ __forceinline__ const int& majority_of(const Arguments& p) {
+  __shared__ int majority;
+  if (threadIdx.x == 0) {
+    majority = p.majority;
+    if (p.pass != Pass::kVote) {
+      long long signs = static_cast<long long>(p.stats[0]);
+      majority = p.stats[1] == 0 ? 0 : int(signs > 0) - int(signs < 0);
+    }
+  }
+  __syncthreads();
+  return majority;
 }
 
 // A thread's share of the election's statistics.
@@ -74,7 +99,8 @@ struct Votes {
 };
 
 template <int kDtype, bool kExperts, int kWidth, Merge kMerge>
-__device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t i, Votes& votes) {
+__device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t i, int majority,
+                                                Votes& votes) {
   const TensorTable& table = p.table;
   const TableRow& row = table.rows[0];
   Bits<kWidth> bits[kGroup], base_bits = {};
@@ -116,14 +142,14 @@ __device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t
   for (int v = 0; v < kWidth; ++v) {
     float s = sum.lane[v];
     votes.add(s, positive.lane[v] > 0.0f || negative.lane[v] < 0.0f);
-    bool up = elects_positive(s, p.majority);
+    bool up = elects_positive(s, majority);
     float m = up ? positive.lane[v] : negative.lane[v];
     if constexpr (kMerge == Merge::kMean) {
       float count = up ? positive_count.lane[v] : negative_count.lane[v];
       m = m / (count > 1.0f ? count : 1.0f);
     }
     if constexpr (kMerge == Merge::kMax) {
-      if (p.majority == 0 && !(s > 0.0f || s < 0.0f)) m = 0.0f;
+      if (majority == 0 && !(s > 0.0f || s < 0.0f)) m = 0.0f;
     }
     m = m * p.scaling;
     merged.lane[v] = p.add_base ? m + base.lane[v] : m;
@@ -134,13 +160,16 @@ __device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t
 template <int kDtype, bool kExperts, int kWidth, Merge kMerge>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeArguments p) {
   const TableRow& row = p.table.rows[0];
+  const int majority = majority_of(p);
+  if (p.pass == Pass::kCorrect && majority == 0) return;
   Votes votes;
   const int64_t step = int64_t(gridDim.x) * kThreads * kWidth;
   int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   for (; i < row.size; i += step) {
-    store(row.out, i, merge<kDtype, kExperts, kWidth, kMerge>(p, i, votes), p.table.out_dtype);
+    store(row.out, i, merge<kDtype, kExperts, kWidth, kMerge>(p, i, majority, votes),
+          p.table.out_dtype);
   }
-  votes.add_to(p.stats);
+  if (p.pass == Pass::kVote) votes.add_to(p.stats);
 }
 
 constexpr int kByte = 8;
@@ -159,7 +188,8 @@ __device__ __forceinline__ Floats<kByte> load_byte(const void* data, int64_t i, 
 
 // Eight entries of all K deltas: one byte of each mask.
 template <int kDtype, bool kExperts, bool kVectors>
-__device__ __forceinline__ void mask_byte(const MasksArguments& p, int64_t i, Votes& votes) {
+__device__ __forceinline__ void mask_byte(const MasksArguments& p, int64_t i, const int& majority,
+                                          Votes& votes) {
   const TensorTable& table = p.table;
   const TableRow& row = table.rows[0];
   const int n = row.size - i < kByte ? int(row.size - i) : kByte;
@@ -189,8 +219,9 @@ __device__ __forceinline__ void mask_byte(const MasksArguments& p, int64_t i, Vo
 #pragma unroll
   for (int v = 0; v < kByte; ++v) {
     votes.add(sum.lane[v], any >> v & 1u);
-    up |= uint32_t(elects_positive(sum.lane[v], p.majority)) << v;
+    up |= uint32_t(elects_positive(sum.lane[v], majority)) << v;
   }
+  if (p.masks == nullptr) return;
   // The second read of the deltas comes from a cache.
 #pragma unroll(kVectors ? 2 : 1)
   for (int k = 0; k < table.k; ++k) {
@@ -209,13 +240,15 @@ __device__ __forceinline__ void mask_byte(const MasksArguments& p, int64_t i, Vo
 
 template <int kDtype, bool kExperts, int kWidth>
 __global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__ MasksArguments p) {
+  const int& majority = majority_of(p);  // a register of its own would make others spill
+  if (p.pass == Pass::kCorrect && majority == 0) return;
   Votes votes;
   const int64_t step = int64_t(gridDim.x) * kThreads * kByte;
   int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kByte;
   for (; i < p.table.rows[0].size; i += step) {
-    mask_byte<kDtype, kExperts, (kWidth > 1)>(p, i, votes);
+    mask_byte<kDtype, kExperts, (kWidth > 1)>(p, i, majority, votes);
   }
-  votes.add_to(p.stats);
+  if (p.pass == Pass::kVote) votes.add_to(p.stats);
 }
 
 int64_t blocks_for(int64_t size, int width) {
@@ -235,17 +268,18 @@ TensorTable single_table(const TensorList& list, void* out, int out_dtype) {
   return table;
 }
 
-}  // namespace
+bool overlap(const void* a, int64_t a_bytes, const void* b, int64_t b_bytes) {
+  auto first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
+  return first < second + uintptr_t(b_bytes) && second < first + uintptr_t(a_bytes);
+}
 
-cudaError_t ties_merge(TiesMergeParams p, cudaStream_t stream) {
-  if (p.tensors.count != 1 || p.tensors.k > kMaxDeltas) return cudaErrorInvalidValue;
-  cudaError_t error = cudaMemsetAsync(p.stats, 0, 2 * sizeof(*p.stats), stream);
-  if (error != cudaSuccess) return error;
+cudaError_t merge_pass(const TiesMergeParams& p, Pass pass, int majority, cudaStream_t stream) {
   MergeArguments arguments = {single_table(p.tensors, p.out, p.out_dtype),
                               p.thresholds,
                               p.stats,
                               p.scaling,
-                              p.majority,
+                              majority,
+                              pass,
                               p.add_base};
   int64_t size = p.tensors.sizes[0], most = int64_t(p.multiprocessors) * kBlocksPerMultiprocessor;
   bool vectors = has_vectors(p.tensors, 0, full_width(p.tensors.delta_dtype), nullptr, p.out);
@@ -262,12 +296,9 @@ cudaError_t ties_merge(TiesMergeParams p, cudaStream_t stream) {
   return with_source(p.tensors.delta_dtype, p.tensors.experts, vectors, launch_kernel);
 }
 
-cudaError_t ties_masks(TiesMasksParams p, cudaStream_t stream) {
-  if (p.tensors.count != 1 || p.tensors.k > kMaxDeltas) return cudaErrorInvalidValue;
-  cudaError_t error = cudaMemsetAsync(p.stats, 0, 2 * sizeof(*p.stats), stream);
-  if (error != cudaSuccess) return error;
-  MasksArguments arguments = {single_table(p.tensors, nullptr, kFloat32), p.thresholds, p.masks,
-                              p.stats, p.majority};
+cudaError_t masks_pass(const TiesMasksParams& p, Pass pass, int majority, cudaStream_t stream) {
+  MasksArguments arguments = {
+      single_table(p.tensors, nullptr, kFloat32), p.thresholds, p.masks, p.stats, majority, pass};
   int64_t size = p.tensors.sizes[0], most = int64_t(p.multiprocessors) * kBlocksPerMultiprocessor;
   bool vectors = has_vectors(p.tensors, 0, kByte, nullptr, nullptr);
   auto launch_kernel = [&](auto dtype, auto experts, auto width) {
@@ -276,6 +307,34 @@ cudaError_t ties_masks(TiesMasksParams p, cudaStream_t stream) {
         blocks_for(size, kByte), most, kThreads, arguments, stream);
   };
   return with_source(p.tensors.delta_dtype, p.tensors.experts, vectors, launch_kernel);
+}
+
+}  // namespace
+
+cudaError_t ties_merge(TiesMergeParams p, cudaStream_t stream) {
+  if (p.tensors.count != 1 || p.tensors.k > kMaxDeltas) return cudaErrorInvalidValue;
+  cudaError_t error = cudaMemsetAsync(p.stats, 0, 2 * sizeof(*p.stats), stream);
+  if (error != cudaSuccess) return error;
+  if (p.majority != kOwnMajority) return merge_pass(p, Pass::kVote, p.majority, stream);
+  int64_t size = p.tensors.sizes[0];
+  if (overlap(p.out, size * item_bytes(p.out_dtype), p.tensors.bases[0],
+              size * item_bytes(p.tensors.base_dtype))) {
+    // A first merge would overwrite the base that the second one reads.
+    TiesMasksParams votes = {p.tensors, p.thresholds, nullptr, p.stats, 0, p.multiprocessors};
+    error = masks_pass(votes, Pass::kVote, 0, stream);
+    return error != cudaSuccess ? error : merge_pass(p, Pass::kWrite, 0, stream);
+  }
+  error = merge_pass(p, Pass::kVote, 0, stream);
+  return error != cudaSuccess ? error : merge_pass(p, Pass::kCorrect, 0, stream);
+}
+
+cudaError_t ties_masks(TiesMasksParams p, cudaStream_t stream) {
+  if (p.tensors.count != 1 || p.tensors.k > kMaxDeltas) return cudaErrorInvalidValue;
+  cudaError_t error = cudaMemsetAsync(p.stats, 0, 2 * sizeof(*p.stats), stream);
+  if (error != cudaSuccess) return error;
+  if (p.majority != kOwnMajority) return masks_pass(p, Pass::kVote, p.majority, stream);
+  error = masks_pass(p, Pass::kVote, 0, stream);
+  return error != cudaSuccess ? error : masks_pass(p, Pass::kCorrect, 0, stream);
 }
 
 }  // namespace fastmerge::cuda

@@ -51,7 +51,8 @@ def ties_merge(
         scaling: factor of the merged task vector.
         merge: "mean" over the entries that agree, their "sum", or "max", the largest magnitude.
         majority: sign for entries whose kept values cancel exactly: -1, 0 (treated as negative)
-            or 1. By default the sign of the sum of all elected signs.
+            or 1. By default the sign of the sum of all elected signs, which on CUDA stays on
+            the device: the call does not wait and can be captured in a graph.
         out: [*] tensor of any floating dtype to write to, which may not be base or a delta.
 
     Returns:
@@ -74,14 +75,9 @@ def ties_merge(
     elif any(out is t for t in (base, *tensors)):
         raise ValueError("ties_merge: out must not be base or a delta, which are read twice")
 
-    def run(sign: int) -> Tensor:
-        return torch.ops.fastmerge.ties_merge_out(
-            out, tensors, thresholds, base, experts, base is not None, merge, scaling, sign
-        )
-
-    election = run(0 if majority is None else majority)
-    if majority is None and (sign := majority_sign(election)):
-        run(sign)
+    torch.ops.fastmerge.ties_merge_out(
+        out, tensors, thresholds, base, experts, base is not None, merge, scaling, majority
+    )
     return out
 
 
@@ -116,16 +112,10 @@ def ties_masks(
     tensors, experts = unpack_deltas(deltas)
     thresholds = _thresholds("ties_masks", tensors, experts, base, density, thresholds)
 
-    def run(sign: int) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastmerge.ties_masks(
-            tensors, thresholds, base if experts else None, experts, sign
-        )
-
-    if majority is not None:
-        return run(majority)[0]
-    masks, election = run(0)
-    sign = majority_sign(election)
-    return run(sign)[0] if sign else masks
+    masks, _ = torch.ops.fastmerge.ties_masks(
+        tensors, thresholds, base if experts else None, experts, majority
+    )
+    return masks
 
 
 def majority_sign(election: Tensor) -> int:
@@ -162,7 +152,7 @@ def _check(op, deltas, thresholds, base, experts, majority):
         ),
     )
     check(base is not None or not experts, lambda: f"{op}: experts need base")
-    check(majority in (-1, 0, 1), lambda: f"{op}: majority must be -1, 0 or 1: {majority}")
+    check(majority in (None, -1, 0, 1), lambda: f"{op}: majority must be -1, 0 or 1: {majority}")
 
 
 def _check_merge(deltas, thresholds, base, experts, add_base, merge, majority):
@@ -193,7 +183,10 @@ def _check_out(out, deltas):
 
 
 def _elect(rows, majority):
-    """Elected sign of each entry, and the election's statistics (see `majority_sign`)."""
+    """Elected sign of each entry, and the election's statistics (see `majority_sign`).
+
+    A majority of None is found like `majority_sign` does, without the host.
+    """
     total, any_kept = 0, False
     for x in rows:
         total = total + x
@@ -201,6 +194,8 @@ def _elect(rows, majority):
     sign = (total > 0).to(torch.int8) - (total < 0).to(torch.int8)  # [*]
     cancelled = (total == 0) & any_kept
     election = torch.stack([sign.sum(dtype=torch.int64), cancelled.sum()])
+    if majority is None:
+        majority = torch.where(election[1] > 0, election[0].sign(), 0).to(sign.dtype)
     return torch.where(sign == 0, majority, sign), election
 
 
@@ -263,7 +258,7 @@ def _out_fake(out, deltas, thresholds, base, experts, add_base, merge, scaling, 
 
 register(
     "ties_merge_out(Tensor(a!) out, Tensor[] deltas, Tensor thresholds, Tensor? base, "
-    "bool experts, bool add_base, str merge, float scaling, int majority) -> Tensor",
+    "bool experts, bool add_base, str merge, float scaling, int? majority) -> Tensor",
     reference=_out_reference,
     compiled=_out_compiled,
     fake=_out_fake,
@@ -306,7 +301,7 @@ def _masks_fake(deltas, thresholds, base, experts, majority):
 
 
 register(
-    "ties_masks(Tensor[] deltas, Tensor thresholds, Tensor? base, bool experts, int majority) "
+    "ties_masks(Tensor[] deltas, Tensor thresholds, Tensor? base, bool experts, int? majority) "
     "-> (Tensor, Tensor)",
     reference=_masks_reference,
     compiled=_masks_compiled,

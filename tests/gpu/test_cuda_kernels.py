@@ -303,6 +303,58 @@ def test_ties(device, size: int, mode: int, experts: bool) -> None:
             same_bytes(f, e)
 
 
+def election_case(size: int, count: int, dtype, votes: str, experts: bool) -> Case:
+    """Every third entry cancels, unless votes is "none"; the others vote as it says."""
+    case = Case(size, count, dtype, dtype)
+    case.base = case.base.round()
+    index, tau = torch.arange(size), torch.zeros(count, size)
+    sign = {"positive": 1.0, "negative": -1.0, "none": -1.0}.get(votes, 1.0 - index // 3 % 2 * 2)
+    tau[0] = sign * (1 + index % 2)
+    cancels = (index % 3 == 0) & (votes != "none")
+    tau[1] = torch.where(cancels, -tau[0], 0)
+    if votes == "tied":
+        tau[:, size - size % 6 :] = 0  # as many entries vote up as down
+    if size > 20:
+        tau[:2, 18:20] = torch.tensor([[float("inf"), 0.0], [-float("inf"), -0.0]])
+        if votes == "tied":
+            tau[:, 20] = 0
+            tau[:, 21:24] = 0
+    if experts:
+        tau += case.base.float()
+    case.deltas = list(tau.to(dtype))
+    return case
+
+
+@pytest.mark.parametrize("votes", ["positive", "negative", "tied", "none"])
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_ties_finds_its_own_majority(device, mode: int, experts: bool, votes: str) -> None:
+    sign = {"positive": 1, "negative": -1}.get(votes, 0)
+    shapes = [(0, 2, 0), (6, 2, 0), (1003, 2, 1), (8200, 9, 0)]
+    for (size, count, offset), dtype in zip(shapes, [*DTYPES, torch.float32], strict=True):
+        case = election_case(size, count, dtype, votes, experts)
+        thresholds = torch.full((count,), 0.5)
+        options = {"mode": mode, "scaling": 0.3, "add_base": True}
+        arguments = (thresholds, "cpu", dtype, experts)
+        given = {s: run_ties(_native, case, *arguments, majority=s, **options) for s in (-1, 0, 1)}
+        expected, stats = given[sign], given[sign][1].tolist()
+        if size:
+            assert (stats[1] > 0) == (votes != "none")
+            assert (stats[0] > 0) - (stats[0] < 0) == (-1 if votes == "none" else sign)
+            assert not stats[1] or not torch.equal(given[1][0], given[-1][0])
+        moved = case.on(device, offset)
+        rest = (thresholds.to(device), device, dtype, experts, offset)
+        for _ in range(2):
+            found = run_ties(_native_cuda, moved, *rest, majority=None, **options)
+            for f, e in zip(found, expected, strict=True):
+                same_bytes(f, e)
+        elected = _native_cuda.ties_merge(
+            moved.base, moved.deltas, rest[0], moved.base, experts=experts, majority=None, **options
+        )
+        same_bytes(moved.base, expected[0])
+        same_bytes(elected, expected[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bytes_for_every_grid(device, dtype, monkeypatch) -> None:
     case = Case(200_000, 5, dtype, dtype)

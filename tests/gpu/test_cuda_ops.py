@@ -117,6 +117,8 @@ def test_graph_capture_and_replay(cuda_device) -> None:
                 bases[0], deltas[0], thresholds, merged, experts=True, add_base=True
             ),
             _native_cuda.magnitude_threshold(deltas[0], bases[:1] * 8, 700),
+            fastmerge.ops.ties_merge(deltas[0], density=0.4, base=bases[0]),
+            fastmerge.ops.ties_masks(deltas[0], thresholds=thresholds),
         )
 
     work()

@@ -103,12 +103,16 @@ struct MagnitudeRefineParams {
   int level;
 };
 
+// A `majority` of TIES found by the tensor's own election: sign(stats[0]) if stats[1] > 0, else 0.
+// It stays on the device.
+constexpr int kOwnMajority = 2;
+
 // How TIES joins the values that agree with the elected sign.
 enum class Merge { kMean = 0, kSum = 1, kMax = 2 };
 
 // x_k = |tau_k| >= thresholds[k] ? tau_k : 0; S = sum_k x_k; s = sign(S), or `majority` where S is
 // zero or NaN; an x_k is selected when it is positive (s > 0) or negative (otherwise).
-// out = scaling * merge of the selected x_k, on top of base when add_base.
+// out = scaling * merge of the selected x_k, on top of base when add_base; out may be base.
 // stats[0] gets the sum of sign(S), stats[1] the number of entries with S = 0 and some x_k != 0.
 struct TiesMergeParams {
   TensorList tensors;       // L = 1
@@ -118,7 +122,7 @@ struct TiesMergeParams {
   int out_dtype;
   Merge merge;
   float scaling;
-  int majority;
+  int majority;  // -1, 0, 1 or kOwnMajority
   bool add_base;
   int multiprocessors;
 };
@@ -130,7 +134,7 @@ struct TiesMasksParams {
   const float* thresholds;    // [K]
   uint8_t* masks;             // [K, ceil(size / 8)]
   unsigned long long* stats;  // [2], two's complement
-  int majority;
+  int majority;               // -1, 0, 1 or kOwnMajority
   int multiprocessors;
 };
 
