@@ -143,6 +143,9 @@ inline void dot_tile(const Source& s, const TileTarget& t, int64_t begin, int64_
 // dot_tile over all tiles of [begin, end).
 template <int kDtype, int kExperts, int kCombine>
 inline void dot_range(const Source& s, const TileTarget& t, int64_t begin, int64_t end) {
+  if (kCombine && s.k == 0) {
+    return combine_range<kDtype, kExperts>(s, t.coefficients, t.out, t.out_dtype, begin, end);
+  }
   for (int64_t tile = begin; tile < end; tile += kTile) {
     int64_t tile_end = tile + kTile < end ? tile + kTile : end;
     dot_tile<kDtype, kExperts, kCombine>(s, t, tile, tile_end);
