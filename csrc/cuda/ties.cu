@@ -53,7 +53,8 @@ __device__ __forceinline__ bool elects_positive(float sum, int majority) {
   return majority > 0 ? sum >= 0.0f || sum != sum : sum > 0.0f;
 }
 
-// The majority that a launch works with, in shared memory. Called once by all threads of the block.
+// The majority that a launch works with, once called by all threads of the block. In shared memory,
+// because a register of its own makes kernels spill or lowers their occupancy.
 template <class Arguments>
 __device__ __forceinline__ const int& majority_of(const Arguments& p) {
   __shared__ int majority;
@@ -99,8 +100,8 @@ struct Votes {
 };
 
 template <int kDtype, bool kExperts, int kWidth, Merge kMerge>
-__device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t i, int majority,
-                                                Votes& votes) {
+__device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t i,
+                                                const int& majority, Votes& votes) {
   const TensorTable& table = p.table;
   const TableRow& row = table.rows[0];
   Bits<kWidth> bits[kGroup], base_bits = {};
@@ -160,7 +161,7 @@ __device__ __forceinline__ Floats<kWidth> merge(const MergeArguments& p, int64_t
 template <int kDtype, bool kExperts, int kWidth, Merge kMerge>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeArguments p) {
   const TableRow& row = p.table.rows[0];
-  const int majority = majority_of(p);
+  const int& majority = majority_of(p);
   if (p.pass == Pass::kCorrect && majority == 0) return;
   Votes votes;
   const int64_t step = int64_t(gridDim.x) * kThreads * kWidth;
@@ -240,7 +241,7 @@ __device__ __forceinline__ void mask_byte(const MasksArguments& p, int64_t i, co
 
 template <int kDtype, bool kExperts, int kWidth>
 __global__ void __launch_bounds__(kThreads) masks_kernel(const __grid_constant__ MasksArguments p) {
-  const int& majority = majority_of(p);  // a register of its own would make others spill
+  const int& majority = majority_of(p);
   if (p.pass == Pass::kCorrect && majority == 0) return;
   Votes votes;
   const int64_t step = int64_t(gridDim.x) * kThreads * kByte;
