@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
 from fastmerge.checkpoint import Checkpoint, CheckpointError
-from fastmerge.checkpoint.writer import OutputLock, check_target
+from fastmerge.checkpoint.writer import OutputLock, check_target, restore_previous
 from fastmerge.jobs import engine
 from fastmerge.jobs.plan import Output, Plan, Source
 from fastmerge.methods import (
@@ -265,6 +265,17 @@ def test_inputs_are_never_overwritten(tmp_path):
 def test_a_mount_point_is_refused_before_any_work():
     with pytest.raises(CheckpointError, match="a mount point"):
         check_target(Path("/proc"), overwrite=True)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_interrupted_replacement_is_undone(tmp_path, empty):
+    """Killed between its two renames; someone may have made the missing folder anew."""
+    (tmp_path / ".out.previous").mkdir()
+    (tmp_path / ".out.previous" / "model").write_text("earlier output")
+    if empty:
+        (tmp_path / "out").mkdir()
+    restore_previous(tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "model"]
 
 
 def test_one_job_at_a_time(tmp_path):

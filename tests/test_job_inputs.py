@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastmerge.jobs.places import find_folders
+from fastmerge.jobs.places import find_folders, find_place
 from fastmerge.jobs.planning import MAX_LAYERS, make_plan
 from fastmerge.jobs.recipe import read_recipe
 
@@ -121,6 +121,11 @@ def test_links_out_of_the_folder_are_refused(models, tmp_path):
             _plan(RECIPE)
     finally:
         link.unlink()
+
+
+def test_the_home_of_nobody_is_refused():
+    with pytest.raises(ValueError, match=r"'~nobody-here/x': no usable path"):
+        find_place("~nobody-here/x")
 
 
 def test_layers_cannot_be_repeated_without_end(models):

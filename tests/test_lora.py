@@ -27,6 +27,7 @@ class Net(nn.Module):
         self.q_proj = nn.Linear(8, 10)
         self.k_proj = nn.Linear(10, 4, bias=False)
         self.patches = nn.Conv2d(4, 6, 3)
+        self.flat = nn.LayerNorm(10)
 
 
 def adapted(folder, **config):
@@ -116,6 +117,10 @@ A, B = "base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.
         ({A: dense(2, 8), B: dense(10, 2)}, r"expected \[3, 8\] .* rank 3"),
         ({"base_model.model.q_proj.lora_magnitude_vector": dense(10)}, "not a factor of a LoRA"),
         ({A.replace("q_", "z_"): dense(3, 8), B.replace("q_", "z_"): dense(10, 3)}, "no tensor"),
+        (
+            {A.replace("q_proj", "flat"): dense(3), B.replace("q_proj", "flat"): dense(10, 3)},
+            r"'flat.weight' of base has shape \[10\], expected a matrix",
+        ),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(tmp_path, changes, message):

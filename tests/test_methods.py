@@ -287,6 +287,8 @@ def test_the_registry_documents_every_parameter():
         ("dare_ties", {"weight": [1.0, 2.0]}, ValueError, "weight has 2 values for 4 experts"),
         ("dare_ties", {"rescale": "l2"}, ValueError, "rescale must be one of none, l1, density"),
         ("della", {"density": 0.1}, ValueError, "density 0.1, epsilon 0.15"),
+        ("linear", {"weight": [1e308, 1e308]}, ValueError, "weight must be a finite number"),
+        ("average", {"weights": [1e308, 1e308]}, ValueError, "weights must be a finite number"),
         ("breadcrumbs", {"gamma": -1}, ValueError, r"gamma must be a finite number in \[0, 1\]"),
         ("linear", {"weight": [1.0, -1.0, 0.0, 0.0]}, ValueError, "weight must not add up to 0"),
         ("slerp", {"t": 0.3}, ValueError, "slerp takes 1 to 2 experts, got 4"),

@@ -171,6 +171,11 @@ class LoraCheckpoint:
     def _check_shapes(self, a: str, b: str, key: str, rank: int, transposed: bool) -> None:
         shape_a, shape_b = (self._adapter.tensors[factor].shape for factor in (a, b))
         shape = self.base.tensors[key].shape
+        if len(shape) < 2:
+            raise CheckpointError(
+                f"{self._where(a)}: {key!r} of {self.base.name} has shape {list(shape)}, expected "
+                "a matrix"
+            )
         outer = shape[::-1] if transposed else shape
         expected_a, expected_b = (rank, *outer[1:]), (outer[0], rank, *[1] * (len(shape) - 2))
         for factor, found, expected in ((a, shape_a, expected_a), (b, shape_b, expected_b)):

@@ -98,10 +98,10 @@ def restore_previous(out: Path) -> None:
     """Undo a replacement that was interrupted half way."""
     previous = previous_folder(out)
     if previous.exists():
-        if out.exists():
+        if out.exists() and any(out.iterdir()):
             shutil.rmtree(previous)
         else:
-            previous.rename(out)
+            previous.rename(out)  # in place of an empty folder as well
 
 
 def publish(partial: Path, out: Path) -> None:

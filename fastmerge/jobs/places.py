@@ -32,14 +32,14 @@ def find_place(name: str, beside: Path | None = None) -> Path:
     Raises:
         RecipeError: it is not there.
     """
-    path = Path(name).expanduser()
-    places = [path] if path.is_absolute() or beside is None else [path, beside / path]
-    for place in places:
-        try:
+    try:
+        path = Path(name).expanduser()
+        places = [path] if path.is_absolute() or beside is None else [path, beside / path]
+        for place in places:
             if place.exists():
                 return place
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{name[:200]!r}: no usable path: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # the last of a user without a home
+        raise RecipeError(f"{name[:200]!r}: no usable path: {error}") from None
     raise RecipeError(f"{name[:200]}: no such folder; models are local folders, download it first")
 
 

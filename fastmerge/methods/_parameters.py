@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
+LARGEST = torch.finfo(torch.float32).max  # what is larger becomes Inf when it is computed with
+
 
 class PerExpert:
     """A number, or K numbers, one per expert.
@@ -46,8 +50,8 @@ class PerExpert:
 
 
 def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """The value, if it is a finite number between low and high."""
-    good = isinstance(value, (int, float)) and math.isfinite(value)
+    """The value, if it is a number between low and high that is finite in fp32."""
+    good = isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST
     if not good or not low <= value <= high:
         limits = "" if (low, high) == (-math.inf, math.inf) else f" in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")

@@ -12,6 +12,7 @@ from ..deltas import Experts
 from ..ops import weighted_sum
 from ..ops._library import accumulate_dtype
 from ._method import Block, Method, Parameter, Stats
+from ._parameters import check_number
 
 
 class Average(Method):
@@ -34,7 +35,9 @@ class Average(Method):
     parameters = (Parameter("weights", None, "K weights, divided by their sum; equal by default"),)
 
     def __init__(self, weights: Sequence[float] | None = None):
-        self.weights = None if weights is None else [float(w) for w in weights]
+        self.weights = (
+            None if weights is None else [check_number("weights", float(w)) for w in weights]
+        )
         if weights is not None:
             total = math.fsum(self.weights)
             if not math.isfinite(total) or total == 0:
