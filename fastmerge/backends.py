@@ -47,7 +47,7 @@ def native_kernels(op: str, *tensors: torch.Tensor | None) -> ModuleType | None:
     """The module of compiled kernels that should run `op` on these tensors, None: the reference.
 
     Args:
-        op: name for error messages.
+        op: the op, or the name for error messages of several kernels' user.
         tensors: the arguments; None entries are skipped. The first gives the device.
 
     Raises:
@@ -62,6 +62,8 @@ def native_kernels(op: str, *tensors: torch.Tensor | None) -> ModuleType | None:
         kernels, reason = None, f"dtype {unsupported[0]} is computed by the reference"
     else:
         kernels, reason = _native.for_device(given[0].device)
+        if kernels is not None and hasattr(_native, op) and not hasattr(kernels, op):
+            kernels, reason = None, f"it has no {given[0].device.type} kernel"
     if kernels is None and forced == "native":
         raise RuntimeError(f"{op}: the native backend was forced but cannot run: {reason}")
     return kernels

@@ -69,7 +69,7 @@ def _reference(delta, base, low, shift, bins):
 
 def _compiled(delta, base, low, shift, bins):
     kernels = native_kernels("magnitude_bracket", delta, base)
-    if kernels is None or not hasattr(kernels, "magnitude_bracket"):
+    if kernels is None:
         return _reference(delta, base, low, shift, bins)
     _check(delta, base, low, shift, bins)
     counts = torch.zeros(bins + 2, dtype=torch.int64)

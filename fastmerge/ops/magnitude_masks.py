@@ -122,7 +122,7 @@ def _reference(deltas, values, indices, base, offset):
 
 def _compiled(deltas, values, indices, base, offset):
     kernels = native_kernels("magnitude_masks", *deltas[:1], base, values)
-    if kernels is None or not hasattr(kernels, "magnitude_masks"):
+    if kernels is None:
         return _reference(deltas, values, indices, base, offset)
     masks = _fake(deltas, values, indices, base, offset)
     kernels.magnitude_masks(
@@ -185,7 +185,7 @@ def _ties_reference(deltas, values, starts, base, width, bins, offset):
 
 def _ties_compiled(deltas, values, starts, base, width, bins, offset):
     kernels = native_kernels("tie_counts", *deltas[:1], base, values)
-    if kernels is None or not hasattr(kernels, "tie_counts"):
+    if kernels is None:
         return _ties_reference(deltas, values, starts, base, width, bins, offset)
     counts = _ties_fake(deltas, values, starts, base, width, bins, offset).zero_()
     kernels.tie_counts(

@@ -187,7 +187,7 @@ def _compiled(
         deltas, factors, masks, base, experts, add_base, elect, normalize, least, scaling, dtype
     )
     kernels = native_kernels("masked_merge", out, *deltas[:1], base, factors)
-    if kernels is None or not hasattr(kernels, "masked_merge"):
+    if kernels is None:
         return _reference(
             deltas, factors, masks, base, experts, add_base, elect, normalize, least, scaling, dtype
         )
@@ -262,7 +262,7 @@ def lane_sums(values: Tensor, width: int) -> Tensor:
 
 def _sums_compiled(deltas, masks, base, width, square):
     kernels = native_kernels("masked_sums", *deltas[:1], base)
-    if kernels is None or not hasattr(kernels, "masked_sums"):
+    if kernels is None:
         return _sums_reference(deltas, masks, base, width, square)
     sums = _sums_fake(deltas, masks, base, width, square)
     kernels.masked_sums(

@@ -146,7 +146,7 @@ def _reference(deltas, probabilities, base, width, key, offset):
 
 def _compiled(deltas, probabilities, base, width, key, offset):
     kernels = native_kernels("random_masks", *deltas[:1], base)
-    if kernels is None or not hasattr(kernels, "random_masks"):
+    if kernels is None:
         return _reference(deltas, probabilities, base, width, key, offset)
     masks = _fake(deltas, probabilities, base, width, key, offset)
     kernels.random_masks(
