@@ -262,6 +262,15 @@ def test_inputs_are_never_overwritten(tmp_path):
         run(make_plan(folders, Average()), tmp_path / "file", overwrite=True)
 
 
+def test_a_folder_that_is_no_earlier_output_is_not_replaced(tmp_path):
+    folders = write_models(tmp_path / "models")
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="no earlier output"):
+        run(make_plan(folders, Average()), tmp_path / "papers", overwrite=True)
+    assert (tmp_path / "papers" / "thesis.tex").read_text() == "mine"
+
+
 def test_a_mount_point_is_refused_before_any_work():
     with pytest.raises(CheckpointError, match="a mount point"):
         check_target(Path("/proc"), overwrite=True)

@@ -92,6 +92,8 @@ def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Non
         raise CheckpointError(f"{out}: a mount point; write to a folder in it")
     if out.exists() and not overwrite and any(out.iterdir()):
         raise FileExistsError(f"{out}: exists; overwrite it explicitly or write somewhere else")
+    if out.exists() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
+        raise FileExistsError(f"{out}: exists and is no earlier output; write somewhere else")
 
 
 def restore_previous(out: Path) -> None:
