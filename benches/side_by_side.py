@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from fastmerge.info import commit, device_name
 
 FIELDS = (
     "measure",
@@ -71,28 +71,6 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
         assert kept is not None  # the results' memory belongs to the graph
 
     return replay
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checkout's commit, with a plus sign if files differ from it."""
-    folder = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(folder)]
-        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-        return name + ("+" if changed.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 class Results:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import subprocess
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,3 +76,26 @@ _CUDA = (
     "ties_merge_out",
     "ties_masks",
 )
+
+
+def device_name(device: torch.device) -> str:
+    """What the processor or GPU calls itself, for tables of measurements."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The source checkout's commit, with a plus sign if files differ from it; or "unknown"."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        run = partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
+        name = run([*git, "rev-parse", "--short", "HEAD"]).strip()
+        changed = run([*git, "status", "--porcelain", "-uno"]).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed else "")

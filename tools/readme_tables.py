@@ -44,12 +44,12 @@ def demo_table() -> str:
         name = NAMES[rows[0]["method"]] + (" *" if rows[0]["protocol"] == "paper" else "")
         lines.append(f"| {name} | {numbers} | {mean} | {span} |")
     command = f"fastmerge demo --seeds {len(seeds)}{' --full' if full else ''}"
+    on_scored = " Rows with a * adapt on the scored rows, as in AdaMerging's paper." if full else ""
     lines += [
         "",
         f"Means over seeds 0 to {len(seeds) - 1} (`{command}`, commit {found['commit']}),",
-        "400 scored rows a task. Coefficients and tuned λ were found on other rows, unlabelled;",
-        *(["rows with a * on the scored rows, as in AdaMerging's paper."] if full else []),
-        "The plain command runs seed 0.",
+        "400 scored rows a task. Coefficients and tuned λ were found on other rows, without labels.",
+        f"The plain command runs seed 0.{on_scored}",
     ]
     return "\n".join(lines)
 

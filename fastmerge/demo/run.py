@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastmerge as fm
 
 from .. import report
+from ..info import commit, device_name
 from . import experts, rows, tasks
 from .data import Wheels
 from .model import head, load_encoder, load_tokenizer, merged_state
@@ -95,6 +96,8 @@ def main(
             "seeds": records,
             "spread": summary,
             "settings": vars(settings),
+            "commit": commit(),
+            "machine": f"{device_name(torch.device('cpu'))}, {threads or before} threads",
             "versions": _versions(),
             "seconds": time.perf_counter() - begun,
         }
