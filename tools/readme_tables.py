@@ -48,7 +48,7 @@ def demo_table() -> str:
     lines += [
         "",
         f"Means over seeds 0 to {len(seeds) - 1} (`{command}`, commit {found['commit']}),",
-        "400 scored rows a task. Coefficients and tuned λ were found on other rows, without labels.",
+        "400 scored rows a task. Coefficients and tuned λ come from other rows, without labels.",
         f"The plain command runs seed 0.{on_scored}",
     ]
     return "\n".join(lines)
