@@ -38,7 +38,7 @@ def plain(base: nn.Module, experts: list[nn.Module]) -> Step:
 
 def fastmerge(base: nn.Module, experts: list[nn.Module]) -> Step:
     """Merged forward and backward; no merged weight is built."""
-    merged = copy.deepcopy(base)
+    merged = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # no copy of the weights
     coefficients = fm.attach(merged, experts, init=START, clamp=None)
     return lambda images: list(torch.autograd.grad(_loss(merged(images)), [coefficients.raw]))
 
