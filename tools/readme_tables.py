@@ -72,11 +72,11 @@ def bench_table() -> str:
         f"| {measure} | {case} | {of} | {', '.join(ratios)} |"
         for (measure, case, of), ratios in groups.items()
     ]
-    first = rows[0]
+    first, commits = rows[0], sorted({row["commit"] for row in rows})
     lines += [
         "",
         f"`fastmerge bench --device cpu`, {first['device']}, {first['threads']} threads, torch "
-        f"{first['torch']}, commit {first['commit']}.",
+        f"{first['torch']}, commit {', '.join(commits)}.",
     ]
     return "\n".join(lines)
 
