@@ -332,3 +332,22 @@ def test_a_block_has_a_dtype_of_its_own_and_perhaps_no_base(name):
     for missing in {key[0] for key in found}:
         narrow, wide = found[missing, torch.float16], found[missing, None]
         torch.testing.assert_close(narrow.float(), wide.float(), rtol=0.01, atol=0.001)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["large-last", "large-first"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_ties_counts_in_lists_and_tables_alike(monkeypatch, scope, order):
+    """Small tensors add lists of bins to a sum, large ones tables: same thresholds, same bytes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (40, 7), (90, 50)][::order]
+    base = {str(i): torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
+    experts = [
+        {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        for _ in range(3)
+    ]
+    merged = []
+    for few in (0, 1000, 1 << 20):  # tables only, both, lists only
+        monkeypatch.setattr("fastmerge.methods.ties.FEW", few)
+        merged.append(fm.merge(base, experts, method="ties", density=0.3, scope=scope))
+    for other in merged[1:]:
+        assert all(torch.equal(other[name], merged[0][name]) for name in base)
