@@ -21,7 +21,6 @@ from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
 from .deltas import Deltas, Dense, Experts
 from .merged_weight import MergedWeight
 from .module_hooks import add_hooks, remove_hooks
-from .ops._library import as_task_vector
 from .sources import read_experts, read_tensors
 from .trimming import trim_deltas
 
@@ -376,8 +375,7 @@ def _gram(
         for start, stop, row in coefficients.spans(index, base.shape):
             rows = base[start:stop] if base.dim() else base
             deltas = formats[name].rows(start, stop) if base.dim() else formats[name]
-            for k in range(count):
-                tau = as_task_vector(rows, deltas.tensors[k], deltas.experts, torch.float32)
+            for k, tau in enumerate(deltas.task_vectors(rows, torch.float32)):
                 gram[coefficients.rows[row], k] += ops.coefficient_grad(tau, deltas, rows).cpu()
     return gram.float()
 

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from .attachment import checked_attachment
-from .ops._library import as_task_vector
 
 
 def important_chunks(model: nn.Module, budget: int, *, exponent: float = 1.0) -> dict[str, int]:
@@ -46,8 +45,7 @@ def important_chunks(model: nn.Module, budget: int, *, exponent: float = 1.0) ->
             continue
         importance = 0.0
         for _, _, base, deltas, row in weight.chunks():
-            for k, delta in enumerate(deltas.tensors):
-                tau = as_task_vector(base, delta, deltas.experts, torch.float32)
+            for k, tau in enumerate(deltas.task_vectors(base, torch.float32)):
                 importance += float(row[k].detach().abs()) * float(
                     torch.linalg.vector_norm(tau, 1, dtype=torch.float64)
                 )

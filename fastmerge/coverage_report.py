@@ -104,7 +104,7 @@ def _bytes_of(weight: MergedWeight, way: str) -> int:
         matrix = part if transpose else part.flatten(1)
         inner = matrix.shape[0 if transpose else 1]
         x = torch.empty((), dtype=dtype, device=base.device).expand(rows, inner)
-        flat = deltas if transpose else deltas.map(lambda t: t.flatten(1))
+        flat = deltas if transpose else deltas.flat()
         sizes.append(scratch_bytes(x, matrix, list(flat.tensors), row.detach(), transpose))
     return max(sizes)
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .ops._library import accumulate_dtype, as_task_vector, unpack_deltas
+from .deltas import Deltas, Stored
+from .ops._library import accumulate_dtype
 
 HANDLERS: dict[Callable, Callable] = {}
 
@@ -42,13 +43,14 @@ def build(value: Any) -> Any:
     return value
 
 
-def plain_sum(base: Tensor, deltas: object, coefficients: Tensor) -> Tensor:
+def plain_sum(base: Tensor, deltas: Deltas, coefficients: Tensor) -> Tensor:
     """base + sum_k coefficients_k tau_k in plain PyTorch, which torch.func can transform."""
-    tensors, experts = unpack_deltas(deltas)
-    dtype = accumulate_dtype(base, tensors[0], coefficients)
+    stored = deltas.tensors if isinstance(deltas, Stored) else ()
+    dtype = accumulate_dtype(base, *stored[:1], coefficients)
     total = base.to(dtype)
-    for coefficient, delta in zip(coefficients.to(dtype).unbind(), tensors, strict=True):
-        total = total + coefficient * as_task_vector(base, delta, experts, dtype)
+    taus = deltas.task_vectors(base, dtype)
+    for coefficient, tau in zip(coefficients.to(dtype).unbind(), taus, strict=True):
+        total = total + coefficient * tau
     return total.to(base.dtype)
 
 
@@ -86,14 +88,10 @@ def _merged_linear(how: str, x: Tensor, weight: Any, bias: Tensor | None) -> Ten
     """x W^T + bias [..., O]; the outputs of chunks with coefficients of their own side by side."""
     weight.count(how, x.shape[:-1].numel(), x.dtype)
     outputs = [
-        ops.merged_linear(x, base.flatten(1), deltas.map(_flat), row, _slice(bias, start, stop))
+        ops.merged_linear(x, base.flatten(1), deltas.flat(), row, _slice(bias, start, stop))
         for start, stop, base, deltas, row in weight.chunks()
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1)
 
 
 def _slice(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -153,11 +151,7 @@ def _embedding(
         return F.embedding(input, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     ids = input.reshape(-1)
     weight.count("rows", ids.numel())
-
-    def gather(table: Tensor) -> Tensor:
-        return table.index_select(0, ids)  # [R, D]
-
-    base, deltas = gather(weight.base), weight.deltas.map(gather)
+    base, deltas = weight.base.index_select(0, ids), weight.deltas.gather(ids)  # [R, D]
     rows = None
     for start, _, row in weight.spans:
         combined = ops.weighted_sum(base, deltas, weight.row(row))

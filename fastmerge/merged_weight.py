@@ -134,7 +134,7 @@ class MergedWeight(torch.Tensor):
         copy of it in a compiled graph."""
         if torch.compiler.is_compiling():
             return self.combined()[index]
-        base, deltas = self.base[index], self.deltas.map(lambda t: t[index])
+        base, deltas = self.base[index], self.deltas.entry(index)
         row = next(row for start, stop, row in self.spans if start <= index < stop)
         return self._view(base, deltas, ((0, base.shape[0], row),), self.detached)
 

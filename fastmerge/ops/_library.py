@@ -142,6 +142,11 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def own_operation(deltas: object, name: str) -> Callable | None:
+    """A delta format's own way to compute an op, None if the op reads its tensors."""
+    return getattr(deltas, name, None)
+
+
 def unpack_deltas(deltas: object) -> tuple[list[Tensor], bool]:
     """K tensors and whether they are experts (to be subtracted from) or task vectors.
 

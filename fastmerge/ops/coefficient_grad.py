@@ -11,6 +11,7 @@ from ._library import (
     as_task_vector,
     check,
     check_deltas,
+    own_operation,
     register,
     register_no_gradient,
     unpack_deltas,
@@ -36,6 +37,9 @@ def coefficient_grad(grad_weight: Tensor, deltas: object, base: Tensor | None = 
 
     Source: chain rule on W = base + sum_k lambda_k tau_k; AdaMerging (arXiv 2310.02575).
     """
+    own = own_operation(deltas, "coefficient_grad")
+    if own is not None:
+        return own(grad_weight, base)
     tensors, experts = unpack_deltas(deltas)
     if experts and base is None:
         raise ValueError("coefficient_grad: deltas of format Experts need base")

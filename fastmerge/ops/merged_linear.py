@@ -21,6 +21,7 @@ from ._library import (
     check_coefficients,
     check_deltas,
     check_float,
+    own_operation,
     refuse_forward_mode,
     refuse_gradient,
     register,
@@ -61,6 +62,9 @@ def merged_linear(
 
     Source: AdaMerging (arXiv 2310.02575) computes the same from built weights.
     """
+    own = own_operation(deltas, "merged_linear")
+    if own is not None:
+        return own(x, base, coefficients, bias, transpose)
     tensors, experts = unpack_deltas(deltas)
     refuse_forward_mode("merged_linear", x, coefficients)
     return torch.ops.fastmerge.merged_linear(

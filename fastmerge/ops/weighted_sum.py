@@ -16,6 +16,7 @@ from ._library import (
     check_coefficients,
     check_deltas,
     check_float,
+    own_operation,
     refuse_forward_mode,
     refuse_gradient,
     register,
@@ -53,6 +54,9 @@ def weighted_sum(
 
     Source: Task Arithmetic (arXiv 2212.04089), eq. 2 with one coefficient per task.
     """
+    own = own_operation(deltas, "weighted_sum")
+    if own is not None and out is None:
+        return own(base, coefficients, dtype)
     if isinstance(base, Tensor) and out is None:
         tensors, experts = unpack_deltas(deltas)
         refuse_forward_mode("weighted_sum", coefficients)
@@ -62,7 +66,6 @@ def weighted_sum(
     formats = [deltas] if single else list(deltas)
     if len(formats) != len(bases):
         raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(formats)} deltas")
-    unpacked = [unpack_deltas(d) for d in formats]
     if out is None:
         outs = [fresh(b, dtype or b.dtype) for b in bases]
     else:
@@ -72,8 +75,15 @@ def weighted_sum(
     if len(outs) != len(bases):
         raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(outs)} out tensors")
     rows = coefficients.expand(len(bases), -1) if coefficients.dim() == 1 else coefficients
+    unpacked = {}
+    for i, (tensor, form) in enumerate(zip(bases, formats, strict=True)):
+        own = own_operation(form, "weighted_sum")
+        if own is None:
+            unpacked[i] = unpack_deltas(form)
+        else:
+            outs[i].copy_(own(tensor, rows[i].detach(), outs[i].dtype))
     for experts in (False, True):
-        chosen = [i for i, (_, is_experts) in enumerate(unpacked) if is_experts == experts]
+        chosen = [i for i, (_, is_experts) in unpacked.items() if is_experts == experts]
         if chosen:
             every = len(chosen) == len(bases)
             torch.ops.fastmerge.weighted_sum_out(

@@ -1,0 +1,6 @@
+"""Storage formats of the K deltas of one tensor: what is kept, and how tau_k is read from it."""
+
+from ._format import Deltas, OwnOperations, Stored
+from .stored import Dense, Experts
+
+__all__ = ["Deltas", "Dense", "Experts", "OwnOperations", "Stored"]
