@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,14 +22,6 @@ ALLOWANCE = 32 << 20  # bytes that P4 grants beside the plain step's peak
 @pytest.fixture(scope="module")
 def models(device, small):
     return build(small, device)
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request, device, small):
-    """Every shape on a GPU or small; otherwise the larger takes minutes a step."""
-    if request.param != "ViT-B/32" and device.type == "cpu" and not small:
-        pytest.skip("takes minutes a step on a CPU")
-    return request.param
 
 
 def _case(images_per_task: int) -> str:
@@ -71,8 +65,49 @@ def test_step(benchmark, images_per_task, models, device, rounds, small, results
 
 
 @pytest.mark.parametrize("images_per_task", [1, 8])
+def test_products(images_per_task, models, device, rounds, small, results: Results):
+    """What bf16 can gain at most: the step's matrix products alone, in fp32 and in bf16."""
+    base, _ = models
+    rows = []  # (activations [R, I], weight [O, I]) of every linear layer
+    hooks = [
+        module.register_forward_hook(
+            lambda module, args, y: rows.append((args[0].detach().flatten(0, -2), module.weight))
+        )
+        for module in base.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        base(draw_images(images_per_task, small, device))
+    for hook in hooks:
+        hook.remove()
+    shapes = Counter((*x.shape, w.shape[0]) for x, w in rows)
+
+    def products(dtype: torch.dtype) -> Callable[[], None]:
+        sets = [
+            (count, *(torch.rand(*s, device=device).to(dtype) for s in ((r, i), (o, i), (r, o))))
+            for (r, i, o), count in shapes.items()
+        ]
+
+        def run() -> None:
+            for count, x, weight, dy in sets:
+                for _ in range(count):
+                    _ = x @ weight.t()  # [R, O]
+                    _ = dy @ weight  # [R, I]
+                    _ = dy.t() @ x  # [O, I]
+
+        return run
+
+    variants = {"fp32": products(torch.float32), "bf16": products(torch.bfloat16)}
+    seconds = interleaved(variants, device, max(3, rounds // 3))
+    results.add("P3", f"products of {_case(images_per_task)}", seconds, "fp32")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("images_per_task", [1, 8])
 def test_captured_step(images_per_task, shape, device, rounds, small, results: Results):
     """P3 for the shapes that are learned in practice, on a GPU also replayed from CUDA graphs."""
+    if device.type == "cpu" and not small:
+        pytest.skip("nothing to capture: test_step measures this shape")
     models = build(small, device, shape=shape)
     images = draw_images(images_per_task, small, device)
     variants = {}
