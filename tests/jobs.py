@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,13 +102,17 @@ def hash_folder(folder: Path) -> str:
     return total.hexdigest()
 
 
-def run_job(folder: Path, method: str, ranks: tuple[int, int, int] | None = None) -> None:
+def run_job(
+    folder: Path, method: str, ranks: tuple[int, int, int] | None = None, fault: str = ""
+) -> None:
     """A job in a process of its own: resumes by itself, verifies.
 
     Args:
         folder: where the models are; the output is `out` there.
         method: "slow", "ties" or "ties each".
         ranks: rank, number of processes and port, as torchrun would tell by the environment.
+        fault: "store", the last rank cannot open the output's files; "death", it is killed at its
+            first block.
     """
     os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     if ranks is not None:
@@ -115,10 +121,24 @@ def run_job(folder: Path, method: str, ranks: tuple[int, int, int] | None = None
         os.environ.update(zip(names, values, strict=True))
     small_blocks()
     quick_commits()
+    if fault and ranks is not None and ranks[0] == ranks[1] - 1:
+        break_process(fault)
     names = ["base", "expert0", "expert1", "expert2"]
     methods = {"slow": Slow(0.3), "ties": Ties(), "ties each": Ties(scope="tensor")}
     plan = make_plan({n: folder / n for n in names}, methods[method], shard_bytes=30_000)
     engine.run(plan, folder / "out", resume=True, verify=True, threads=2)
+
+
+def break_process(fault: str) -> None:
+    """Let this process fail, or die, as `run_job` says."""
+
+    def no_files(*arguments, **keywords):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    if fault == "store":
+        store.Writer.__init__ = no_files
+    else:
+        store.Store.write = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
 PROCESSES = multiprocessing.get_context("forkserver")

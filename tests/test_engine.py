@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
 from fastmerge.checkpoint import Checkpoint, CheckpointError
-from fastmerge.checkpoint.writer import OutputLock, check_target, restore_previous
+from fastmerge.checkpoint.writer import OutputLock, check_target, end_replacement
 from fastmerge.jobs import engine
 from fastmerge.jobs.plan import Output, Plan, Source
 from fastmerge.methods import (
@@ -279,12 +279,42 @@ def test_a_mount_point_is_refused_before_any_work():
 @pytest.mark.parametrize("empty", [False, True])
 def test_an_interrupted_replacement_is_undone(tmp_path, empty):
     """Killed between its two renames; someone may have made the missing folder anew."""
-    (tmp_path / ".out.previous").mkdir()
-    (tmp_path / ".out.previous" / "model").write_text("earlier output")
+    name = ".out.previous-0123456789abcdef"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model").write_text("earlier output")
     if empty:
         (tmp_path / "out").mkdir()
-    restore_previous(tmp_path / "out")
+    end_replacement(tmp_path / "out", {name}, ())
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "model"]
+
+
+def test_an_earlier_output_is_not_given_up_for_another_folder(tmp_path):
+    """Killed between the two renames, then someone put files where the output was."""
+    name = ".out.previous-0123456789abcdef"
+    for folder in (name, "out"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text(folder)
+    with pytest.raises(CheckpointError, match=r"the earlier output is in .*\.out\.previous-0123"):
+        end_replacement(tmp_path / "out", {name}, ())
+    assert {p.read_text() for p in tmp_path.glob("*/file")} == {name, "out"}
+    end_replacement(tmp_path / "out", (), {name})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+HIDDEN = [".out.previous", ".out.previous-0123456789abcdef", ".out.partial.old"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_folders_of_others_are_never_touched(tmp_path, name):
+    folders = write_models(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    for method in (Average(), Ties()):
+        run(make_plan(folders, method), tmp_path / "out", overwrite=True)
+        assert (tmp_path / name / "thesis.tex").read_text() == "mine"
+    end_replacement(tmp_path / "out", {".out.previous", "../thesis", "models"}, {name[:13]})
+    assert (tmp_path / name / "thesis.tex").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {*folders, "out", name}
 
 
 def test_one_job_at_a_time(tmp_path):
@@ -296,13 +326,33 @@ def test_one_job_at_a_time(tmp_path):
     run(make_plan(folders, Average()), tmp_path / "out")
 
 
-def test_a_folder_of_that_name_which_is_not_ours_is_left_alone(tmp_path):
+@pytest.mark.parametrize("name", ["thesis.tex", ".journal.txt", ".journal.0.jsonl"])
+def test_a_folder_of_that_name_which_is_not_ours_is_left_alone(tmp_path, name):
     folders = write_models(tmp_path)
     (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "thesis.tex").write_text("mine")
+    (tmp_path / ".out.partial" / name).write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="in the way"):
+            run(make_plan(folders, Average()), tmp_path / "out", resume=resume)
+    assert (tmp_path / ".out.partial" / name).read_text() == "mine"
+
+
+def test_links_and_files_in_the_place_of_ours_are_left_alone(tmp_path):
+    folders = write_models(tmp_path / "models")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="in the way"):
         run(make_plan(folders, Average()), tmp_path / "out")
-    assert (tmp_path / ".out.partial" / "thesis.tex").read_text() == "mine"
+    (tmp_path / ".out.partial").unlink()
+    (tmp_path / ".out.lock").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"\.out\.lock: in the way"):
+        run(make_plan(folders, Average()), tmp_path / "out")
+    assert (tmp_path / ".out.lock").read_text() == "mine"
+    (tmp_path / ".out.lock").unlink()
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "target")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        run(make_plan(folders, Average()), tmp_path / "out")
+    assert not (tmp_path / "target").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "model.safetensors", "", "a/b"])

@@ -258,13 +258,15 @@ def test_blocks_without_a_digest_are_made_again_for_verification(tmp_path, monke
     assert hash_folder(tmp_path / "out") == hash_folder(tmp_path / "expected")
 
 
-def run_processes(folder, count, method):
+def run_processes(folder, count, method, fault=""):
     """A job shared by processes, as torchrun starts them: their exit codes."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    processes = [start_job(folder, method, (rank, count, port)) for rank in range(count)]
+    processes = [start_job(folder, method, (rank, count, port), fault) for rank in range(count)]
     for process in processes:
+        process.join(120)
+        process.kill()  # one that still waits fails the test by its exit code
         process.join()
     return [process.exitcode for process in processes]
 
@@ -292,6 +294,26 @@ def test_an_error_of_one_process_is_an_error_of_all(tmp_path):
     errors = (tmp_path / "errors").read_text()
     assert "has NaN or Inf entries" in errors and "failed: ValueError" in errors
     assert names(tmp_path) == sorted([*folders, "errors"])
+
+
+def test_a_process_that_cannot_open_the_output_ends_all(tmp_path):
+    """The others do not wait for it, and the job can be resumed."""
+    folders = write_models(tmp_path)
+    assert run_processes(tmp_path, 2, "ties", fault="store") == [1, 1]
+    errors = (tmp_path / "errors").read_text()
+    assert "rank 1 failed: CheckpointError" in errors and "Too many open files" in errors
+    assert "resume to go on" in errors
+    assert run_processes(tmp_path, 2, "ties") == [0, 0]
+    run(make_plan(folders, Ties(), shard_bytes=30_000), tmp_path / "expected")
+    assert hash_folder(tmp_path / "out") == hash_folder(tmp_path / "expected")
+
+
+def test_a_process_that_dies_ends_all(tmp_path):
+    write_models(tmp_path)
+    assert run_processes(tmp_path, 2, "ties", fault="death") == [1, -9]
+    assert "another process of this job is gone" in (tmp_path / "errors").read_text()
+    assert not (tmp_path / "out").exists()
+    assert run_processes(tmp_path, 2, "ties") == [0, 0]
 
 
 def test_journals_tell_only_of_what_is_on_the_disk(tmp_path, monkeypatch):

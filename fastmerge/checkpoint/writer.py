@@ -3,6 +3,10 @@
 Everything is written into `.NAME.partial` beside the output and renamed at the end. Files have
 their full size from the beginning, so that a full disk is noticed before any work; blocks go to
 their place in any order, from any thread or process.
+
+An earlier output that is replaced waits beside as `.NAME.previous-TOKEN` for a moment. The token is
+drawn anew each time and the journal tells it first, so that no folder of another's is ever taken
+for ours.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,13 +34,17 @@ class OutputLock:
         out: the output folder.
 
     Raises:
-        CheckpointError: another job is writing it.
+        CheckpointError: another job is writing it, or there is a file of another's in its place.
     """
 
     def __init__(self, out: Path):
         self.path = out.with_name(f".{out.name}.lock")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(self.path, flags, 0o644)
+            if os.fstat(self._descriptor).st_size:
+                os.close(self._descriptor)
+                raise CheckpointError(f"{self.path}: in the way, and not made by a merge job")
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -64,8 +74,8 @@ def partial_folder(out: Path) -> Path:
 
 
 def previous_folder(out: Path) -> Path:
-    """Where an earlier output is while the new one takes its place."""
-    return out.with_name(f".{out.name}.previous")
+    """Where an earlier output can wait while the new one takes its place: a new name each time."""
+    return out.with_name(f".{out.name}.previous-{secrets.token_hex(8)}")
 
 
 def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -96,19 +106,42 @@ def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Non
         raise FileExistsError(f"{out}: exists and is no earlier output; write somewhere else")
 
 
-def restore_previous(out: Path) -> None:
-    """Undo a replacement that was interrupted half way."""
-    previous = previous_folder(out)
-    if previous.exists():
-        if out.exists() and any(out.iterdir()):
+def end_replacement(out: Path, before: Collection[str], after: Collection[str]) -> None:
+    """Undo or finish a replacement that was interrupted.
+
+    Args:
+        out: the output folder.
+        before: names for an earlier output, told by the journal of the partial folder: the new
+            output did not take its place, so that it comes back.
+        after: those told by the journal of the output itself, which has taken its place.
+
+    Raises:
+        CheckpointError: something else is where the earlier output was.
+    """
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.previous-[0-9a-f]{{16}}")
+    waiting = [out.with_name(name) for name in (*before, *after) if pattern.fullmatch(name)]
+    for previous in waiting:
+        if previous.is_symlink() or not previous.is_dir():
+            continue
+        if previous.name in after:
             shutil.rmtree(previous)
-        else:
+        elif not out.exists() or (out.is_dir() and not any(out.iterdir())):
             previous.rename(out)  # in place of an empty folder as well
+        else:
+            raise CheckpointError(
+                f"{out}: was made anew after a job had been interrupted; the earlier output is in "
+                f"{previous}, move one of them away"
+            )
 
 
-def publish(partial: Path, out: Path) -> None:
-    """Make a complete partial folder the output, in place of an earlier one."""
-    previous = previous_folder(out)
+def publish(partial: Path, out: Path, previous: Path) -> None:
+    """Make a complete partial folder the output.
+
+    Args:
+        partial: the folder.
+        out: the output folder, which may have an earlier output.
+        previous: where that waits meanwhile; the partial folder's journal tells of it.
+    """
     if out.exists():
         out.rename(previous)
     partial.rename(out)
@@ -145,7 +178,7 @@ class Writer:
             if create:
                 self._check_space()
             for shard in layout.shards:
-                flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
                 self._descriptors.append(os.open(folder / shard.name, flags, 0o644))
                 if create:
                     self._create(len(self._descriptors) - 1)

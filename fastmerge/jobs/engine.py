@@ -16,15 +16,23 @@ from ..checkpoint.writer import (
     Writer,
     check_target,
     check_texts,
+    end_replacement,
     partial_folder,
+    previous_folder,
     publish,
-    restore_previous,
     sync_folder,
     write_error,
     write_texts,
 )
 from .blocks import Cut, cut, sources_of
-from .journal import Journal, hash_plan, read_journals, remove_journals
+from .journal import (
+    Journal,
+    hash_plan,
+    is_ours,
+    read_journals,
+    remove_journals,
+    replaced_names,
+)
 from .plan import Plan
 from .ranks import Ranks
 from .store import Store
@@ -148,9 +156,15 @@ def _run(
         lock, complete = _together(ranks, prepare, out, layout)
         if any(ranks.gather(complete)):
             return
-        done = read_journals(folder)[1]
-        store = Store(folder, layout, ranks.rank, verify, done)
+        opened: list[Store] = []  # empty on a rank that cannot open it
         try:
+
+            def open_store() -> None:
+                done = read_journals(folder)[1]
+                opened.append(Store(folder, layout, ranks.rank, verify, done))
+
+            _guarded(open_store, ranks, folder, layout)
+            (store,) = opened
             work = Work(plan, cuts, options, ranks, store)
             _guarded(work.run, ranks, folder, layout)
             _guarded(store.commit, ranks, folder, layout)
@@ -158,7 +172,8 @@ def _run(
                 check = partial(store.check, plan, cuts, work.mine)
                 _guarded(check, ranks, folder, layout, resumable=False)
         finally:
-            store.close()
+            for store in opened:
+                store.close()
         if ranks.rank == 0:
             _guarded(partial(_finish, plan, out, layout), ranks, folder, layout)
         else:
@@ -170,10 +185,16 @@ def _run(
 
 def _finish(plan: Plan, out: Path, layout: Layout) -> None:
     """Make the partial folder the output."""
-    folder = partial_folder(out)
+    folder, previous = partial_folder(out), previous_folder(out)
     write_texts(folder, layout, plan.texts)
+    if out.exists():
+        journal = Journal(folder, 0)
+        try:
+            journal.replaces(previous.name)
+        finally:
+            journal.close()
     sync_folder(folder)
-    publish(folder, out)
+    publish(folder, out, previous)
     remove_journals(out)
 
 
@@ -237,8 +258,8 @@ def _prepare(
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = OutputLock(out)
     try:
-        restore_previous(out)
         folder = partial_folder(out)
+        end_replacement(out, replaced_names(folder), replaced_names(out))
         published = out.is_dir() and read_journals(out)[0]
         if published:  # killed between its last two steps
             remove_journals(out)
@@ -251,6 +272,7 @@ def _prepare(
         folder.mkdir()
         journal = Journal(folder, 0)
         try:
+            journal.claim()
             Writer(folder, layout, create=True).close()
             journal.begin(plan_hash)
             sync_folder(folder)
@@ -267,6 +289,8 @@ def _prepare(
 
 def _goes_on(folder: Path, plan_hash: str, resume: bool) -> bool:
     """Whether a partial folder is the beginning of this job; removed if it shall not be used."""
+    if folder.is_symlink() or not folder.is_dir() or not (is_ours(folder) or _is_bare(folder)):
+        raise CheckpointError(f"{folder}: in the way, and not made by a merge job; remove it")
     found, _ = read_journals(folder)
     if resume and found is not None:
         if found != plan_hash:
@@ -275,8 +299,12 @@ def _goes_on(folder: Path, plan_hash: str, resume: bool) -> bool:
                 "version of fastmerge; start without resume to begin anew"
             )
         return True
-    ours = any(path.name.startswith(".journal.") for path in folder.iterdir())
-    if not ours and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: in the way, and not made by a merge job; remove it")
     shutil.rmtree(folder)
     return False
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a kill right after making it leaves."""
+    return all(
+        path.name == ".journal.0.jsonl" and path.stat().st_size == 0 for path in folder.iterdir()
+    )

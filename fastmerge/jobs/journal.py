@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,23 @@ class Journal:
     """
 
     def __init__(self, folder: Path, rank: int):
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(folder / PATTERN.replace("*", str(rank)), flags, 0o644)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")  # behind a line that a kill cut off
 
+    def claim(self) -> None:
+        """Say that a merge job made the folder."""
+        self._append({"made_by": "fastmerge"})
+
     def begin(self, plan_hash: str) -> None:
         """Say that the files of the plan are there at full size."""
         self._append({"format": FORMAT, "plan": plan_hash})
+
+    def replaces(self, name: str) -> None:
+        """Say where an earlier output will wait while the new one takes its place."""
+        self._append({"previous": name})
 
     def finished(self, blocks: Mapping[tuple[int, int], str | None]) -> None:
         """Say that blocks are on the disk: {(tensor, block): digest or None}."""
@@ -60,19 +68,33 @@ def read_journals(folder: Path) -> tuple[str | None, Digests]:
     The hash is None without a journal, or if the job was killed before its files were there.
     """
     plan_hash, blocks = None, {}
+    for line in _lines(folder):
+        if line.get("format") == FORMAT:
+            plan_hash = line["plan"]
+        for tensor, block, digest in line.get("blocks", ()):
+            blocks[tensor, block] = digest
+    return plan_hash, blocks
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a journal says that a merge job made a folder."""
+    return any(line.get("made_by") == "fastmerge" for line in _lines(folder))
+
+
+def replaced_names(folder: Path) -> set[str]:
+    """Where, by a folder's journals, earlier outputs wait."""
+    return {line["previous"] for line in _lines(folder) if isinstance(line.get("previous"), str)}
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob(PATTERN)):
         for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
                 continue  # cut off by a kill
-            if not isinstance(line, dict):
-                continue
-            if line.get("format") == FORMAT:
-                plan_hash = line["plan"]
-            for tensor, block, digest in line.get("blocks", ()):
-                blocks[tensor, block] = digest
-    return plan_hash, blocks
+            if isinstance(line, dict):
+                yield line
 
 
 def remove_journals(folder: Path) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from ..checkpoint import CheckpointError
+
+# How long a rank waits for the others' share of the work. One that dies closes its connections,
+# which ends all of them at once; the limit is for networks that swallow that.
+PATIENCE = timedelta(hours=24)
 
 
 class Ranks:
@@ -21,6 +26,9 @@ class Ranks:
     Attributes:
         rank: this process's number.
         size: how many there are.
+
+    Raises:
+        CheckpointError: the other processes cannot be reached.
     """
 
     def __init__(self) -> None:
@@ -28,18 +36,32 @@ class Ranks:
         if not dist.is_available():
             return
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("gloo")
+            try:
+                dist.init_process_group("gloo")
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"the job's processes do not find each other: {error}"
+                ) from error
             self._owned = True
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks."""
+        """Every process's value, in the order of ranks.
+
+        Raises:
+            CheckpointError: a process is gone.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"rank {self.rank}: another process of this job is gone ({error})"
+            ) from error
         return values
 
     def agree(self, error: BaseException | None = None) -> None:
