@@ -193,17 +193,19 @@ def test_slices_stack_layers(models):
     assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == 5
 
 
-def test_adapters_are_added_to_their_base(models):
-    folder = models / "adapter"
+def _write_adapter(folder, module, a, b):
     folder.mkdir()
+    prefix = f"base_model.model.{module}.lora_"
+    factors = {prefix + "A.weight": a, prefix + "B.weight": b}
+    save_file(factors, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": len(a), "lora_alpha": 2 * len(a)}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+
+
+def test_adapters_are_added_to_their_base(models):
     module = "model.layers.1.self_attn.q_proj"
     a, b = torch.randn(2, 8), torch.randn(8, 2)
-    prefix = f"base_model.model.{module}.lora_"
-    save_file(
-        {prefix + "A.weight": a, prefix + "B.weight": b}, folder / "adapter_model.safetensors"
-    )
-    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(about))
+    _write_adapter(models / "adapter", module, a, b)
     recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": ["adapter"]}
     alone = _run({**recipe, "parameters": {"scaling": 1.0}})
     joined = _run({**recipe, "models": ["base+adapter"], "parameters": {"scaling": 1.0}}, "out2")
@@ -212,6 +214,38 @@ def test_adapters_are_added_to_their_base(models):
     expected = base[module + ".weight"] + 2 * b @ a
     torch.testing.assert_close(alone[module + ".weight"], expected)
     assert torch.equal(alone["lm_head.weight"], base["lm_head.weight"])
+
+
+ADAPTED = {
+    "no base": {"merge_method": "linear", "parameters": {"weight": 1}},
+    "copied": {"merge_method": "passthrough"},
+    "adapted base": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base+adapter",
+        "parameters": {"scaling": 1.0},
+    },
+    "dtype": {"merge_method": "linear", "parameters": {"weight": 1}, "dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapted_weights_are_stored_as_their_base_or_as_the_recipe_says(models, case):
+    """They are computed in fp32, from bf16, and rounded once."""
+    name = "model.layers.1.self_attn.q_proj"
+    for seed, model in enumerate(("base", "a")):
+        write_model(models / model, {k: t.bfloat16() for k, t in tensors_of(seed).items()})
+    a, b = torch.randn(2, 8), torch.randn(8, 2)
+    _write_adapter(models / "adapter", name, a, b)
+    recipe = ADAPTED[case]
+    found = _run(
+        {**recipe, "models": ["base+adapter" if recipe.get("base_model") is None else "a"]}
+    )
+    dtype = torch.float16 if case == "dtype" else torch.bfloat16
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    adapted = _stored("base")[name + ".weight"].float() + 2 * (b @ a)
+    if case == "adapted base":
+        adapted += 1.0 * (_stored("a")[name + ".weight"].float() - adapted)
+    torch.testing.assert_close(found[name + ".weight"], adapted.to(dtype))
 
 
 @pytest.mark.parametrize("out", ["base", "b", "recipes", "learned"])

@@ -9,7 +9,10 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from fastmerge.checkpoint import LoraCheckpoint
+from fastmerge.jobs.engine import check_memory, check_plan
 from fastmerge.jobs.places import find_folders
 from fastmerge.jobs.planning import make_plan
 from fastmerge.jobs.recipe import RecipeError, read_recipe
@@ -105,8 +108,41 @@ def test_rows_are_padded_to_a_multiple_with_the_mean_row(models):
     for name in TOKENS:
         rows = plan.checkpoints[name].read("lm_head.weight")
         assert len(rows) == 16
-        assert torch.equal(rows[10:], (rows[:10].sum(0) / 10).expand(6, -1))
+        assert torch.equal(rows[10:], rows[:10].double().mean(0).float().expand(6, -1))
         assert torch.equal(plan.checkpoints[name].read("lm_head.weight", 9, 12), rows[9:12])
+
+
+def test_adapted_embeddings_are_lined_up_a_block_at_a_time(models, monkeypatch):
+    """No more rows are formed than are asked for, and the plan knows the memory that they take."""
+    key, (rows, width), rank = "model.embed_tokens.weight", (8, 8), 3
+    factor = "base_model.model.model.embed_tokens.lora_embedding_"
+    a, b = torch.randn(rank, rows), torch.randn(width, rank)
+    (models / "adapter").mkdir()
+    save_file({factor + "A": a, factor + "B": b}, models / "adapter/adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (models / "adapter/adapter_config.json").write_text(json.dumps(about))
+    plan = _plan("union", models=["base", "one+adapter", "two"])
+    formed = []
+    adapt = LoraCheckpoint._adapt
+    monkeypatch.setattr(
+        LoraCheckpoint,
+        "_adapt",
+        lambda s, k, rows, w: (formed.append(len(rows)), adapt(s, k, rows, w))[1],
+    )
+    stored = tensors_of(1, rows=rows)[key] + 2 * (a.T @ b.T)
+    for name, own in (("one+adapter", stored), ("base", tensors_of(0, rows=6)[key])):
+        checkpoint, ids = plan.checkpoints[name], _ids(name.split("+")[0])
+        for number, token in enumerate(UNION):
+            found = checkpoint.read(key, number, number + 1)[0]
+            if token in ids:
+                torch.testing.assert_close(found, own[ids[token]])
+            elif token == "x":  # only one has it
+                torch.testing.assert_close(found, stored[_ids("one")["x"]])
+    assert formed and max(formed) == 1
+    cut = next(c for o, c in zip(plan.outputs, check_plan(plan), strict=True) if o.name == key)
+    assert cut.reading_bytes >= 4 * (len(UNION) * (width + rank) + width * rank)
+    with pytest.raises(ValueError, match=r"embed_tokens.* of it to add adapters and line up"):
+        check_memory(plan, check_plan(plan), cut.working_bytes - 1)
 
 
 def test_a_token_without_a_row_of_its_own_is_lacking(models):

@@ -86,23 +86,39 @@ class LoraCheckpoint:
         self.metadata = base.metadata
         self.unlisted: tuple[str, ...] = ()
         self.tensors: dict[str, Entry] = {
-            key: replace(entry, dtype=_computed_in(entry.dtype)) if key in self._factors else entry
+            key: self._adapted(entry) if key in self._factors else entry
             for key, entry in base.tensors.items()
         }
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor along its first dimension, all of them by default."""
         rows = self.base.read(key, start, stop)
-        factors = self._factors.get(key)
-        if factors is None:
+        if key not in self._factors:
             return rows
-        dtype = _computed_in(rows.dtype)
-        stop = start + len(rows)
-        stored = (self._adapter.read(factor) for factor in (factors.a, factors.b))
-        a, b = (factor.to(rows.device, dtype).flatten(1) for factor in stored)
+        return self._adapt(key, rows, slice(start, start + len(rows)))
+
+    def read_rows(self, key: str, rows: Tensor) -> Tensor:
+        """Copies of the rows of these numbers, int64 [n], of a tensor that has entries."""
+        stored = self.base.read_rows(key, rows)
+        return self._adapt(key, stored, rows) if key in self._factors else stored
+
+    def reading_bytes(self, key: str, rows: int) -> int:
+        """Memory that reading so many rows takes besides the result: factors and a copy in fp32."""
+        if key not in self._factors:
+            return 0
+        entry, factors = self.tensors[key], self._factors[key]
+        rank = self._adapter.tensors[factors.a].shape[0]
+        row = math.prod(entry.shape[1:])
+        return ((rows + row) * rank + rows * row) * entry.dtype.itemsize
+
+    def _adapt(self, key: str, stored: Tensor, which: slice | Tensor) -> Tensor:
+        """Rows of the base with s B A added, in fp32; no more of it is formed."""
+        factors, dtype = self._factors[key], _computed_in(stored.dtype)
+        a, b = (self._adapter.read(f).flatten(1) for f in (factors.a, factors.b))
         # A and B^T change places where the stored weight is the transposed product.
-        delta = a[:, start:stop].T @ b.T if factors.transposed else b[start:stop] @ a
-        return rows.to(dtype) + factors.scaling * delta.view(rows.shape)
+        left, right = (a[:, which].T, b.T) if factors.transposed else (b[which], a)
+        delta = left.to(stored.device, dtype) @ right.to(stored.device, dtype)
+        return delta.view(stored.shape).mul_(factors.scaling).add_(stored.to(dtype))
 
     def prefetch(self, key: str, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read rows of the base ahead, without waiting for them."""
@@ -184,6 +200,9 @@ class LoraCheckpoint:
                     f"{self._where(factor)} has shape {list(found)}, expected {list(expected)} for "
                     f"{key!r} of shape {list(shape)} and rank {rank}"
                 )
+
+    def _adapted(self, entry: Entry) -> Entry:
+        return replace(entry, dtype=_computed_in(entry.dtype), stored=entry.file_dtype)
 
     def _where(self, key: str) -> str:
         return f"{self.folder / WEIGHTS}: tensor {key!r}"

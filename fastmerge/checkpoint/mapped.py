@@ -86,6 +86,12 @@ class MappedFile:
             shape = (rows, *shape[1:])
         return raw.view(dtype).view(shape)
 
+    def read_rows(self, extent: Extent, rows: Tensor) -> Tensor:
+        """Copies of the rows of these numbers, int64 [n], of a tensor with dimensions."""
+        begin, end = row_bytes(extent, 0, None)
+        stored = self._bytes[begin:end].view(extent.shape[0], -1)  # [rows, bytes], never unaligned
+        return stored[rows].view(DTYPES[extent.dtype]).view(len(rows), *extent.shape[1:])
+
     def prefetch(self, extent: Extent, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read rows ahead, without waiting for them."""
         begin, end = row_bytes(extent, start, stop)

@@ -25,12 +25,20 @@ class Entry:
         shape: its shape.
         file: name of the file it is in.
         nbytes: its size there.
+        stored: its dtype there, if that is another: what is computed from it, as the sum of a
+            weight and its adapter, is read in a wider one.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
     nbytes: int
+    stored: torch.dtype | None = None
+
+    @property
+    def file_dtype(self) -> torch.dtype:
+        """The dtype in the file, in which results are stored unless a recipe says otherwise."""
+        return self.dtype if self.stored is None else self.stored
 
 
 class Checkpoint:
@@ -89,6 +97,15 @@ class Checkpoint:
         """
         file, extent = self._place(key)
         return file.read(extent, start, stop)
+
+    def read_rows(self, key: str, rows: Tensor) -> Tensor:
+        """Copies of the rows of these numbers, int64 [n], of a tensor that has entries."""
+        file, extent = self._place(key)
+        return file.read_rows(extent, rows)
+
+    def reading_bytes(self, key: str, rows: int) -> int:
+        """Memory that reading so many rows takes besides the rows themselves: none."""
+        return 0
 
     def prefetch(self, key: str, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read rows ahead, without waiting for them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Entry
 from .vocabulary import Alignment
 
-MEAN_ROWS = 4096  # rows that are added up at a time, for the same sum on any machine
+MEAN_ENTRIES = 1 << 20  # added up at a time: for the same sum on any machine, in little memory
+GATHER_COPIES = 3  # what rows that others have in place of a model take besides the rows
 
 
 class AlignedCheckpoint:
@@ -54,7 +56,7 @@ class AlignedCheckpoint:
     def _gather(self, key: str, start: int, stop: int | None) -> tuple[Tensor, Tensor]:
         """Rows [start, stop), and which of them no model has: those are anything yet."""
         own = self.alignment.own[start:stop]
-        rows, empty = self.inner.read(key)[own.clamp(min=0)], own < 0
+        rows, empty = self.inner.read_rows(key, own.clamp(min=0)), own < 0
         lacking = empty.nonzero().flatten()
         if len(lacking):
             total = torch.zeros(len(lacking), *rows.shape[1:], dtype=_computed_in(rows.dtype))
@@ -63,8 +65,8 @@ class AlignedCheckpoint:
                 chosen = index[start:stop][lacking]
                 have = chosen >= 0
                 if bool(have.any()):
-                    stored = self.models[model].read(self.keys[key][model])
-                    total[have] += stored[chosen[have]].to(total.dtype)
+                    stored = self.models[model].read_rows(self.keys[key][model], chosen[have])
+                    total[have] += stored.to(total.dtype)
                     count += have
             means = total / count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
             rows[lacking] = means.to(rows.dtype)
@@ -74,14 +76,31 @@ class AlignedCheckpoint:
     def _mean(self, key: str) -> Tensor:
         """Mean of the rows that some model has, which is what the others become."""
         if key not in self._means:
-            total, count = None, 0
-            for start in range(0, len(self.alignment.own), MEAN_ROWS):
-                rows, empty = self._gather(key, start, start + MEAN_ROWS)
-                found = rows[~empty].to(_computed_in(rows.dtype))
-                part = found.sum(0)
-                total, count = part if total is None else total + part, count + len(found)
+            shape = self.tensors[key].shape[1:]
+            total, count = torch.zeros(shape, dtype=torch.float64), 0
+            step = _mean_rows(shape)
+            for start in range(0, len(self.alignment.own), step):
+                rows, empty = self._gather(key, start, start + step)
+                total += rows[~empty].sum(0, dtype=torch.float64)
+                count += len(rows) - int(empty.sum())
             self._means[key] = total / max(count, 1)
         return self._means[key]
+
+    def read_rows(self, key: str, rows: Tensor) -> Tensor:
+        """Copies of the rows of these numbers, int64 [n], of a tensor that is not aligned."""
+        return self.inner.read_rows(key, rows)
+
+    def reading_bytes(self, key: str, rows: int) -> int:
+        """Memory that reading so many rows takes besides the rows themselves."""
+        if key not in self.keys:
+            return self.inner.reading_bytes(key, rows)
+        entry = self.tensors[key]
+        rows = max(rows, _mean_rows(entry.shape[1:]))
+        given = [self.inner.reading_bytes(key, rows)]
+        for name, _ in self.alignment.others:
+            given.append(self.models[name].reading_bytes(self.keys[key][name], rows))
+        wide = _computed_in(entry.dtype).itemsize
+        return max(given) + GATHER_COPIES * rows * math.prod(entry.shape[1:]) * wide
 
     def prefetch(self, key: str, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read rows ahead; rows in another order come when they are read."""
@@ -105,6 +124,10 @@ class AlignedCheckpoint:
     def close(self) -> None:
         """Close the stored checkpoint."""
         self.inner.close()
+
+
+def _mean_rows(shape: Sequence[int]) -> int:
+    return max(1, MEAN_ENTRIES // max(math.prod(shape), 1))
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -34,6 +34,8 @@ class Cut:
         sources: tensors read for it.
         read_bytes: bytes read for it in one pass.
         itemsize: of the dtype of the arithmetic.
+        reading_bytes: memory that reading a block takes besides what is read, for sources that are
+            computed from what is stored.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Cut:
     sources: int
     read_bytes: int
     itemsize: int
+    reading_bytes: int = 0
 
     def bounds(self, number: int) -> tuple[int, int]:
         """First row of a block and the first row behind it."""
@@ -52,7 +55,7 @@ class Cut:
     def working_bytes(self) -> int:
         """Memory that computing one block may take, besides the page cache."""
         entries = -(-self.entries // max(self.total, 1)) * min(self.rows, self.total)
-        return entries * (self.sources + SCRATCH_TENSORS) * self.itemsize
+        return entries * (self.sources + SCRATCH_TENSORS) * self.itemsize + self.reading_bytes
 
 
 def sources_of(output: Output) -> tuple[Source, ...]:
@@ -74,7 +77,9 @@ def cut(output: Output, checkpoints: Mapping[str, Checkpoint]) -> Cut:
     read = sum(entry.nbytes for entry in stored)
     itemsize = 8 if any(entry.dtype == torch.float64 for entry in stored) else 4
     count = -(-total // rows) if entries else 0
-    return Cut(rows, count, total, entries, len(sources), read, itemsize)
+    height = min(rows, total)
+    reading = [checkpoints[s.checkpoint].reading_bytes(s.key, height) for s in sources]
+    return Cut(rows, count, total, entries, len(sources), read, itemsize, max(reading))
 
 
 class Reader:

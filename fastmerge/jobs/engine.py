@@ -126,9 +126,12 @@ def check_memory(plan: Plan, cuts: list[Cut], max_memory: int) -> None:
     """Raise ValueError, naming the output, if a block needs more than `max_memory` bytes."""
     needed, name = needed_memory(plan, cuts)
     if needed > max_memory:
-        output = next(output for output in plan.outputs if output.name == name)
+        pairs = zip(plan.outputs, cuts, strict=True)
+        output, cut = next((output, cut) for output, cut in pairs if output.name == name)
         whole = output.method is not None and output.method.needs_whole(output.shape)
         reason = f", since {output.method.name} needs whole tensors" if whole else ""
+        if cut.reading_bytes:
+            reason += f", {cut.reading_bytes:,} of it to add adapters and line up vocabularies"
         raise ValueError(
             f"max_memory is {max_memory:,} bytes, but output {name!r} of shape "
             f"{list(output.shape)} needs about {needed:,}{reason}"

@@ -60,6 +60,7 @@ class Model:
             for key, entry in self.tensors.items()
             if self.stacks.locate(key) is None
             and entry.shape[:1] == (rows,)
+            and entry.nbytes
             and (len(entry.shape) == 2 or key.endswith("bias"))
             and not any(word in key.lower() for word in ("pos", "wpe", "token_type", "norm"))
         ]
@@ -114,9 +115,9 @@ def _refuse_quantized(model: Model) -> None:
             f"{', '.join(_plain(dtype) for dtype in FLOAT_DTYPES)}; convert it first"
         )
     for key, entry in model.tensors.items():
-        if is_floating(entry.dtype) and entry.dtype not in FLOAT_DTYPES:
+        if is_floating(entry.dtype) and entry.file_dtype not in FLOAT_DTYPES:
             raise RecipeError(
-                f"{model.where(key)} is {_plain(entry.dtype)}, expected one of "
+                f"{model.where(key)} is {_plain(entry.file_dtype)}, expected one of "
                 f"{', '.join(_plain(dtype) for dtype in FLOAT_DTYPES)}"
             )
 

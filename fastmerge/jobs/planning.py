@@ -260,13 +260,14 @@ class _Planner:
         if reason is not None:
             self.report.copied[tensor.name] = reason
             here = Source(str(anchor.name), key)
-            return Output(tensor.name, entry.shape, self._dtype(entry.dtype), None, None, (here,))
+            dtype = self._dtype(entry.file_dtype)
+            return Output(tensor.name, entry.shape, dtype, None, None, (here,))
         sources = tuple(self._source(model, k, anchor, key) for _, model, k in experts)
         method = self._method(tensor, [source for source, _, _ in experts])
-        dtype = entry.dtype
+        dtype = entry.file_dtype
         if base is None:
             for (_, model, _), source in zip(experts, sources, strict=True):
-                dtype = torch.promote_types(dtype, model.tensors[source.key].dtype)
+                dtype = torch.promote_types(dtype, model.tensors[source.key].file_dtype)
         if method is None:
             self.report.copied[tensor.name] = "as the recipe says"
         elif method is self.average:
