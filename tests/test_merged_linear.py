@@ -27,7 +27,8 @@ class Case:
     Args:
         lead: leading dimensions of x.
         dtypes: base's and deltas' dtypes; x and bias have base's.
-        row_coefficients: one row of coefficients per row of x.
+        row_coefficients: one row of coefficients per row of x, or the leading dimensions of
+            row coefficients, which broadcast to x's.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Case:
         self.x = laid_out(random((*lead, inner), dtypes[0], seed=2), layout)
         self.bias = random(out, dtypes[0], seed=3) if bias else None
         exact = torch.float64 if dtypes[0] == torch.float64 else torch.float32
-        shape = (*lead, count) if row_coefficients else (count,)
+        own = lead if row_coefficients is True else row_coefficients or ()
+        shape = (*own, count)
         self.coefficients = random(shape, exact, seed=4)
         self.grad = random((*lead, out), dtypes[0], seed=5)
 
@@ -67,7 +69,7 @@ class Case:
             tau = delta.to(x.dtype) - base if self.experts else delta.to(x.dtype)
             total = total + coefficients[..., k, None, None].to(x.dtype) * tau
         weight = total if self.transpose else total.mT  # [..., I, O]
-        y = x @ weight if coefficients.dim() == 1 else (x.unsqueeze(-2) @ weight).squeeze(-2)
+        y = x @ weight if weight.dim() == 2 else (x.unsqueeze(-2) @ weight).squeeze(-2)
         return y if bias is None else y + bias
 
     def run(self, call, dtype=None):
@@ -93,8 +95,7 @@ class Case:
         outer = outer.mT if self.transpose else outer
         dots = torch.stack([(outer * tau).sum((-1, -2)) for tau in taus], -1)
         leading = tuple(range(dy.dim() - 1))
-        if lam.dim() == 1 and leading:
-            dots = dots.sum(leading)
+        dots = dots.sum_to_size(lam.shape)
         return [y, dx, dots, dy.sum(leading) if leading else dy]
 
     def check(self):
@@ -133,6 +134,26 @@ def test_row_coefficients(backend, lead, experts, transpose):
     Case(lead, experts=experts, transpose=transpose, row_coefficients=True).check()
 
 
+@pytest.mark.parametrize("transpose", [False, True], ids=["OI", "IO"])
+@pytest.mark.parametrize(
+    ("lead", "own"),
+    [
+        ((4, 3), (4, 1)),  # per sample
+        ((4, 3), (1, 3)),
+        ((4, 3), (3,)),
+        ((4, 3), (1, 1)),
+        ((5,), (1,)),
+        ((2, 1, 3), (2, 1, 1)),
+        ((0, 3), (0, 1)),
+        ((0, 3), (1, 1)),
+        ((4, 0), (4, 1)),
+    ],
+    ids=str,
+)
+def test_row_coefficients_broadcast(backend, lead, own, transpose):
+    Case(lead, transpose=transpose, row_coefficients=own).check()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (0, 4), (4, 0), (31, 257)], ids=str)
 @pytest.mark.parametrize("transpose", [False, True], ids=["OI", "IO"])
 def test_shapes(backend, panels, shape, transpose):
@@ -146,11 +167,9 @@ def test_layouts_and_counts(backend, layout, count):
 
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["OI", "IO"])
-@pytest.mark.parametrize("row_coefficients", [False, True], ids=["one", "rows"])
-def test_gradcheck(row_coefficients, transpose):
-    case = Case(
-        (2,), DTYPE_PAIRS[-1], row_coefficients=row_coefficients, transpose=transpose, shape=(4, 3)
-    )
+@pytest.mark.parametrize("own", [(), (2, 3), (2, 1), (1, 3)], ids=str)
+def test_gradcheck(own, transpose):
+    case = Case((2, 3), DTYPE_PAIRS[-1], row_coefficients=own, transpose=transpose, shape=(4, 3))
     inputs = [t.clone().requires_grad_() for t in (case.x, case.coefficients, case.bias)]
     assert torch.autograd.gradcheck(case.fused, inputs)
 
@@ -210,7 +229,10 @@ def test_weights_are_not_differentiable(argument):
         (dict(x=torch.zeros(())), r"x is \[\]"),
         (dict(x=torch.zeros(2, 3, dtype=int)), "x must be a floating-point tensor"),
         (dict(base=torch.zeros(3), deltas=[torch.zeros(3)] * 2), r"base has shape \[3\]"),
-        (dict(coefficients=torch.zeros(3)), r"coefficients has shape \[3\], expected \[2\]"),
+        (dict(coefficients=torch.zeros(3)), r"coefficients is \[3\] on cpu, expected \[2\]"),
+        (dict(coefficients=torch.zeros(())), r"coefficients is \[\] on cpu, expected \[2\]"),
+        (dict(coefficients=torch.zeros(1, 2, 2)), r"coefficients is \[1, 2, 2\].*\[2, 2\]"),
+        (dict(coefficients=torch.zeros(2, dtype=int)), "coefficients must be a floating-point"),
         (dict(coefficients=torch.zeros(3, 2)), r"coefficients is \[3, 2\].*\[2\] or \[2, 2\]"),
         (dict(bias=torch.zeros(3)), r"bias is \[3\] on cpu, expected \[4\]"),
         (dict(deltas=[]), "deltas is empty"),

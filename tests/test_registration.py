@@ -116,6 +116,7 @@ CASES = {
             ],
             [x((4, 5)), base(), deltas(), lam(), None, False, True],
             [x((4, 7)), base(), deltas(), lam(3, (4,), True), None, True, False],
+            [x((2, 3, 7)), base(), deltas(), lam(3, (2, 1), True), None, True, False],
         ],
         lambda: {
             "dtype": (

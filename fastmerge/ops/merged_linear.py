@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import forced_backend, native_kernels, triton_kernels
+from ._groups import check_row_coefficients
 from ._library import (
     accumulate_dtype,
     as_rows,
     as_task_vector,
     check,
-    check_coefficients,
     check_deltas,
     check_float,
     own_operation,
@@ -50,7 +50,9 @@ def merged_linear(
         x: [..., I] activations.
         base: [O, I]; [I, O] with `transpose` (the layout of GPT-2's Conv1D, y = x W + b).
         deltas: K tensors of base's shape (task vectors), or a delta format.
-        coefficients: [K], or row coefficients [..., K] with x's leading dimensions.
+        coefficients: [K], or row coefficients [..., K] that broadcast to x's leading dimensions:
+            for x [B, T, I], [B, 1, K] gives every sample its own and [B, T, K] every token. Their
+            gradient has the shape given.
         bias: [O].
         transpose: whether base and deltas are stored as [I, O].
 
@@ -85,18 +87,7 @@ def _check(x, base, deltas, coefficients, bias, transpose):
             f"expected [..., {base.shape[inner]}] on {base.device}"
         ),
     )
-    if coefficients.dim() == 1:
-        check_coefficients(op, coefficients, len(deltas), base.device)
-    else:
-        expected = [*x.shape[:-1], len(deltas)]
-        check(
-            list(coefficients.shape) == expected and coefficients.device == base.device,
-            lambda: (
-                f"{op}: coefficients is {list(coefficients.shape)} on {coefficients.device}, "
-                f"expected [{len(deltas)}] or {expected} on {base.device}"
-            ),
-        )
-        check_float(op, "coefficients", coefficients)
+    check_row_coefficients(op, coefficients, x.shape[:-1], len(deltas), base.device)
     if bias is not None:
         check(
             list(bias.shape) == [base.shape[outer]] and bias.device == base.device,
@@ -155,6 +146,11 @@ def _strategy(x, base, deltas, coefficients) -> tuple[str | None, ModuleType | N
     return chosen, kernels.get(chosen)
 
 
+def _every_row(coefficients: Tensor, x: Tensor) -> Tensor:
+    """Row coefficients as [R, K], one row for every row of x."""
+    return as_rows(coefficients.expand(*x.shape[:-1], coefficients.shape[-1]))
+
+
 def _tf32() -> bool:
     """torch's own switch decides whether fp32 products may run in tf32."""
     return torch.backends.cuda.matmul.allow_tf32
@@ -203,7 +199,7 @@ def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
     else:
         fused = strategy == "fused"
         launch = kernels.merged_linear_forward if fused else kernels.row_linear_forward
-        lam = (coefficients if fused else as_rows(coefficients)).float()
+        lam = (coefficients if fused else _every_row(coefficients, x)).float()
         y = launch(rows, base, deltas, lam, bias, experts, transpose, _tf32())
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -287,7 +283,8 @@ def _backward_reference(
             total += lam[..., k : k + 1] * (dy @ tau)
         grad_x = total.to(x.dtype)
     if need_coefficients:
-        grad_lam = torch.stack([(dy * (rows @ tau.t())).sum(-1) for tau in taus], dim=-1)
+        dots = torch.stack([(dy * (rows @ tau.t())).sum(-1) for tau in taus], dim=-1)
+        grad_lam = dots.sum_to_size(coefficients.shape)
     return grad_x, grad_lam
 
 
@@ -306,10 +303,11 @@ def _backward_compiled(
         panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
         dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
     elif strategy == "stacked":
-        lam = as_rows(coefficients).float()
+        lam = _every_row(coefficients, x).float()
         dx, dlam = kernels.row_linear_backward(
             dy, rows, base, deltas, lam, experts, transpose, _tf32()
         )
+        dlam = dlam.view(*x.shape[:-1], len(deltas)).sum_to_size(coefficients.shape)
     else:
         if need_x:
             dx = kernels.merged_linear_backward_x(
