@@ -100,3 +100,20 @@ def test_strides(device):
     taus = task_vectors(base, deltas, True, False)
     dots = torch.einsum("ro,koi,ri->rk", dy.double(), taus, x.double())
     assert torch.equal(grad.double(), dots)
+
+
+@pytest.mark.parametrize("own", [(4, 1), (1, 3), (1, 1), (4, 3)], ids=str)
+def test_coefficients_broadcast_to_the_rows(own, device):
+    base, deltas = weights(normal, 30, 20, 3, False, torch.float32, device)
+    options = {"dtype": torch.float32, "device": device}
+    leaves = normal(4, 3, 20, seed=2, **options), normal(*own, 3, seed=5, **options)
+    dy = normal(4, 3, 30, seed=4, **options)
+    results = []
+    for backend in ("triton", "reference"):
+        x, lam = (leaf.clone().requires_grad_() for leaf in leaves)
+        with use_backend(backend):
+            y = merged_linear(x, base, Experts(deltas), lam)
+            y.backward(dy)
+        results.append((y.detach(), x.grad, lam.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
