@@ -20,7 +20,7 @@ from .attachment import check_attached
 from .coefficients import Coefficients
 from .learning_checkpoint import load_checkpoint, save_checkpoint
 from .learning_step import NO_GRADIENT, EagerStep, GraphedStep, row_count
-from .objectives import Objective, entropy, resolve_objective
+from .objectives import Objective, entropy, kl_to_expert, resolve_objective
 from .ops import softmax_entropy
 
 Logits = Callable[[Any], Tensor]
@@ -181,7 +181,8 @@ def learn(
             for task in tasks:
                 history.task_loss[task].append(losses[task])
                 history.entropy[task].append(float(softmax_entropy(logits[task]).mean()))
-            monitor.update(step, logits, history.entropy)
+            if loss_of is not kl_to_expert:  # which itself tells collapsing from following experts
+                monitor.update(step, logits, history.entropy)
             report(step + 1, history.loss[-1])
             done = step + 1
             history.stopped_early = patience is not None and _stalled(history.loss, patience)

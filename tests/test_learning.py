@@ -262,6 +262,12 @@ def test_collapse_warning_fires_on_collapse_only():
     with warnings.catch_warnings():
         warnings.simplefilter("error", CollapseWarning)
         fm.learn(base, coefficients, data, steps=80, lr=0.0)
+    fm.detach(base)
+    coefficients = fm.attach(base, [expert], init=0.05)
+    with warnings.catch_warnings():  # an expert with one answer is followed, not warned about
+        warnings.simplefilter("error", CollapseWarning)
+        options = dict(objective="kl", expert_logits={"only": expert}, lr=2e-3)
+        fm.learn(base, coefficients, data, steps=300, **options)
 
 
 def test_other_parameters_are_frozen_meanwhile(setting):
