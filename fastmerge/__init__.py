@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .chunking import important_chunks
     from .coefficients import Coefficients, load_coefficients
     from .coverage_report import coverage
-    from .deltas import Dense, Experts, Masked
+    from .deltas import Dense, Experts, LowRank
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
@@ -36,7 +36,7 @@ _HOMES = {
     "chunking": ("important_chunks",),
     "coefficients": ("Coefficients", "load_coefficients"),
     "coverage_report": ("coverage",),
-    "deltas": ("Dense", "Experts", "Masked"),
+    "deltas": ("Dense", "Experts", "LowRank"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
@@ -54,7 +54,7 @@ __all__ = [
     "Dense",
     "Experts",
     "History",
-    "Masked",
+    "LowRank",
     "MergedWeight",
     "MergedWeightWarning",
     "ShuffledBatches",

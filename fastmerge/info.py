@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from . import __version__, _native
-from ._native import extensions
 from .ops import _library
 
 
@@ -33,13 +32,13 @@ def info() -> dict[str, Any]:
 def _cpu_state() -> str:
     if not _native.available():
         return f"missing, the reference runs: {_native.unavailable_reason()}"
-    return f"{extensions.cpu.isa()} (of {', '.join(extensions.cpu.supported_isas())})"
+    return f"{_native.cpu.isa()} (of {', '.join(_native.cpu.supported_isas())})"
 
 
 def _cuda_state() -> str:
-    built = extensions.build_info().get("fastmerge._cuda", {}).get("archs", [])
+    built = _native.build_info().get("fastmerge._cuda", {}).get("archs", [])
     reason = _native.cuda_unavailable_reason()
-    if extensions.cuda is None:
+    if _native.cuda is None:
         return f"missing, the reference runs: {reason}"
     compiled = f"compiled for sm {', '.join(built)}"
     return f"{compiled}, not usable here: {reason}" if reason else compiled

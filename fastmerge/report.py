@@ -56,8 +56,7 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     """A `rich` table: one line a row, accuracy in percent per task and average, cost.
 
     Args:
-        rows: dicts with method, protocol, accuracy {task: percent}, average, seconds, peak_mib;
-            with stored_mib and batch_ms these are shown as well.
+        rows: dicts with method, protocol, accuracy {task: percent}, average, seconds, peak_mib.
         title: shown above.
     """
     from rich import box
@@ -69,8 +68,7 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     if protocols:
         table.add_column("protocol")
     tasks = list(rows[0]["accuracy"])
-    serving = all("batch_ms" in row for row in rows)
-    for name in (*tasks, "mean", "seconds", "MiB", *(("stored", "ms") if serving else ())):
+    for name in (*tasks, "mean", "seconds", "MiB"):
         style = "bold" if name == "mean" else None
         table.add_column(name, justify="right", style=style, no_wrap=True, min_width=5)
     for row in rows:
@@ -81,7 +79,6 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
             f"{row['average']:.1f}",
             f"{row['seconds']:.1f}",
             f"{row['peak_mib']:.0f}",
-            *((f"{row['stored_mib']:.0f}", f"{row['batch_ms']:.0f}") if serving else ()),
         )
     return table
 

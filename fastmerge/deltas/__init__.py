@@ -1,7 +1,7 @@
 """Storage formats of the K deltas of one tensor: what is kept, and how tau_k is read from it."""
 
 from ._format import Deltas, OwnOperations, Stored
-from .masked import Masked
+from .low_rank import LowRank
 from .stored import Dense, Experts
 
-__all__ = ["Deltas", "Dense", "Experts", "Masked", "OwnOperations", "Stored"]
+__all__ = ["Deltas", "Dense", "Experts", "LowRank", "OwnOperations", "Stored"]

@@ -58,8 +58,8 @@ class PanelLinear:
         self.coefficients, self.experts = coefficients, experts
         self.transpose, self.dtype = transpose, dtype
         width = base.shape[1]
-        budget = panel_bytes or _panel_bytes(base.device)
-        self.step = _even_step(base.shape[0], budget // max(1, width * dtype.itemsize))
+        budget = panel_bytes or device_panel_bytes(base.device)
+        self.step = even_step(base.shape[0], budget // max(1, width * dtype.itemsize))
         self.spans = [
             (start, min(base.shape[0], start + self.step))
             for start in range(0, base.shape[0], self.step)
@@ -235,14 +235,14 @@ class _SideStream:
         self.caller.wait_stream(self.side)
 
 
-def _panel_bytes(device: torch.device) -> int:
+def device_panel_bytes(device: torch.device) -> int:
     """Bytes of one panel: two panels and the deltas passing by should fit the GPU's L2 cache."""
     if device.type != "cuda":
         return CPU_PANEL_BYTES
     return max(1 << 20, torch.cuda.get_device_properties(device).L2_cache_size // 4)
 
 
-def _even_step(rows: int, most: int) -> int:
+def even_step(rows: int, most: int) -> int:
     """Rows of each panel, about `most`: nearly equal panels of a multiple the GEMM likes."""
     panels = max(1, -(-rows // max(1, most)))
     step = max(1, -(-rows // panels))
