@@ -13,11 +13,12 @@ from ..checkpoint import Checkpoint
 from ..methods import Block
 from .plan import Output, Plan, Source
 
-# One fp32 copy of everything a block reads and writes. It depends on nothing but K, so that sums
-# over blocks, and with them the output's bytes, depend neither on the machine nor on the budget.
+# What computing one block takes at most: fp32 copies of everything it reads and writes, and scratch.
+# It depends on nothing but K, so that sums over blocks, and with them the output's bytes, depend
+# neither on the machine nor on the budget.
 WORKING_BYTES = 64 << 20
 LEAST_ENTRIES = 1 << 16
-SCRATCH_TENSORS = 3  # what methods may allocate besides a copy of every input
+SCRATCH_TENSORS = 3  # the result, and what methods may allocate besides a copy of every input
 
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -68,7 +69,7 @@ def cut(output: Output, checkpoints: Mapping[str, Checkpoint]) -> Cut:
     sources = sources_of(output)
     total = output.shape[0] if output.shape else 1
     entries = math.prod(output.shape)
-    room = WORKING_BYTES // 4 // (len(sources) + 1)
+    room = WORKING_BYTES // 4 // (len(sources) + SCRATCH_TENSORS)
     room = max(1 << max(room, 1).bit_length() - 1, LEAST_ENTRIES)
     rows = max(1, room // max(entries // max(total, 1), 1))
     if output.method is not None and output.method.needs_whole(output.shape):

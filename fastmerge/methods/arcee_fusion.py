@@ -13,7 +13,7 @@ from ._cuts import Cuts, cut_values
 from ._method import Block, Method, Pass, Stats
 
 EPSILON = 1e-8
-CHUNK = 1 << 20  # entries whose softmax is formed at a time
+CHUNK = 1 << 17  # entries whose softmax is formed in fp64 at a time
 
 
 class ArceeFusion(Method):

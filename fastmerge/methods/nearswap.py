@@ -33,5 +33,5 @@ class NearSwap(Method):
         dtype = accumulate_dtype(block.base, block.experts[0])
         base = block.base.to(dtype)
         tau = block.experts[0].to(dtype) - base
-        share = (self.t / tau.abs().clamp(min=SMALLEST)).clamp(max=1)
-        return (base + share * tau).to(block.dtype)
+        step = tau.abs().clamp_(min=SMALLEST).reciprocal_().mul_(self.t).clamp_(max=1)
+        return step.mul_(tau).add_(base).to(block.dtype)
