@@ -2,9 +2,9 @@
 
     python -m benches.job_models FOLDER --shape llama-7b --experts 4 --layers 12
 
-makes FOLDER/base and FOLDER/expert0, ... in bf16. Contents repeat: every model is one seeded pattern
-of 16 Mi normal numbers over and over, the base's with deviation 0.02, an expert's that plus 0.001,
-so that task vectors are dense and no two rows of a tensor are equal.
+makes FOLDER/base and FOLDER/expert0, ... in bf16. Contents repeat: every model is one seeded
+pattern of 16 Mi normal numbers over and over, the base's with deviation 0.02, an expert's that plus
+0.001, so that task vectors are dense and rows of a tensor differ.
 """
 
 from __future__ import annotations

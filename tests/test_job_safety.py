@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import re
 import resource
+import shlex
+import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -216,6 +222,34 @@ def test_a_disk_without_room_is_noticed_first(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"the output needs \d\d,\d+ bytes, 1,234 are free"):
         run(make_plan(folders, Average()), tmp_path / "out")
     assert names(tmp_path) == sorted(folders)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """A real one, a few kilobytes of memory mounted for a process of its own."""
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    script = [sys.executable, "-m", "tests.full_disk", str(tmp_path)]
+    mount = f"mkdir {tmp_path}/disk && mount -t tmpfs -o size=400k none {tmp_path}/disk"
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"]).returncode:
+        pytest.skip("this system lets nobody mount a disk")
+    folders = write_models(tmp_path)
+    inputs = {name: hash_folder(folder) for name, folder in folders.items()}
+    command = [*unshare, "sh", "-c", f"{mount} && exec {shlex.join(script)}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    size = found["size"]
+    assert re.search(rf"the output needs {size:,} bytes, [\d,]+ are free", found["noticed"])
+    assert f"No space left on device; the output needs {size:,} bytes" in found["weights"]
+    assert "model.safetensors" in found["weights"]
+    assert f"No space left on device; the output needs {size:,} bytes" in found["texts"]
+    assert "tokenizer.json" not in found["noticed"] and "resume to go on" in found["texts"]
+    assert found["left"] == [
+        ["earlier", "out"],
+        ["earlier", "out"],
+        [".out.partial", "earlier", "out"],
+    ]
+    assert found["kept"] == [True] * 3 and found["resumed"]
+    assert inputs == {name: hash_folder(folder) for name, folder in folders.items()}
 
 
 def test_a_limit_on_file_sizes(tmp_path):

@@ -39,16 +39,19 @@ class Layout:
         shards: the safetensors files.
         places: {tensor: (number of its shard, extent)}.
         index: contents of the index file, None for a single file.
+        others: bytes of the small files beside them.
     """
 
     shards: tuple[Shard, ...]
     places: Mapping[str, tuple[int, Extent]]
     index: bytes | None
+    others: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(shard.size for shard in self.shards)
+        """Bytes of all files."""
+        weights = sum(shard.size for shard in self.shards)
+        return weights + len(self.index or b"") + self.others
 
 
 def make_layout(

@@ -13,8 +13,8 @@ from ..checkpoint import Checkpoint
 from ..methods import Block
 from .plan import Output, Plan, Source
 
-# What computing one block takes at most: fp32 copies of everything it reads and writes, and scratch.
-# It depends on nothing but K, so that sums over blocks, and with them the output's bytes, depend
+# What computing one block takes at most: fp32 copies of everything it reads and writes, scratch. It
+# depends on nothing but K, so that sums over blocks, and with them the output's bytes, depend
 # neither on the machine nor on the budget.
 WORKING_BYTES = 64 << 20
 LEAST_ENTRIES = 1 << 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def run(
         ((o.name, o.dtype, o.shape) for o in plan.outputs), plan.metadata, plan.shard_bytes
     )
     check_texts(layout, plan.texts)
+    layout = replace(layout, others=sum(map(len, plan.texts.values())))
     options = Options(max_memory, threads, torch.device(device), progress, allow_nonfinite)
     ranks = Ranks()
     try:
