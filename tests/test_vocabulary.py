@@ -158,6 +158,80 @@ def test_another_models_tokenizer_brings_its_special_ids(models):
     assert json.loads(_plan("union").texts["config.json"])["bos_token_id"] == 0
 
 
+def test_special_ids_of_the_base_follow_their_tokens(models):
+    """Those that the other tokenizer's model does not give itself, in both files."""
+    config = json.loads((models / "base/config.json").read_text())
+    about = {"eos_token_id": [5, 3, 4], "pad_token_id": 0, "bos_token_id": 5, "temperature": 0.5}
+    (models / "base/config.json").write_text(json.dumps({**config, "unk_token_id": 4}))
+    (models / "base/generation_config.json").write_text(json.dumps(about))
+    texts = _plan("one").texts  # "<s>" is 5 in base and 6 in one, "c" 3 and 1, "d" is not there
+    found = json.loads(texts["generation_config.json"])
+    assert found == {**about, "eos_token_id": [6, 1], "bos_token_id": 1}
+    config = json.loads(texts["config.json"])
+    assert config["bos_token_id"] == 1 and config["unk_token_id"] is None
+    (models / "one/generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    found = json.loads(_plan("one").texts["generation_config.json"])
+    assert found["eos_token_id"] == 2 and found["bos_token_id"] == 6
+    for source in ("base", "union"):
+        texts = _plan(source).texts
+        assert json.loads(texts["generation_config.json"]) == about
+
+
+HEAD = "lm_head.weight"
+CHOSEN = {
+    # token: (setting, the row that models with the token get, the row that the others get)
+    "a": ({"source": "one"}, None, ("one", 2)),
+    "b": ({"source": "one"}, None, None),
+    "x": ({"source": {"kind": "zero"}}, None, "zero"),
+    "c": ({"source": {"kind": "zero"}, "force": True}, "zero", "zero"),
+    "y": ({"source": "two", "force": True}, ("two", 2), ("two", 2)),
+    "z": ({"source": {"kind": "model_token", "model": "base", "token": "d"}}, None, ("base", 4)),
+    "new": ({"source": {"kind": "model_token", "model": "one", "token_id": 7}}, None, ("one", 7)),
+}
+
+
+@pytest.mark.parametrize("source", ["union", "base", "two"])
+@pytest.mark.parametrize("token", [t for t in CHOSEN if t != "b"])
+def test_rows_are_chosen_token_by_token(models, source, token):
+    setting, owners, others = CHOSEN[token]
+    plan = _plan(None, tokenizer={"source": source, "tokens": {token: setting}})
+    written = json.loads(plan.texts["tokenizer.json"])
+    ids = written["model"]["vocab"] | {e["content"]: e["id"] for e in written["added_tokens"]}
+    plain = json.loads(_plan(source).texts["tokenizer.json"])
+    before = plain["model"]["vocab"] | {e["content"]: e["id"] for e in plain["added_tokens"]}
+    assert ids == before | {token: before.get(token, len(before))}
+    stored = {name: tensors_of(seed, rows=ROWS[name])[HEAD] for seed, name in enumerate(TOKENS)}
+    for name in TOKENS:
+        rows = plan.checkpoints[name].read(HEAD)
+        known = token in _ids(name)
+        wanted = owners if known else others
+        if wanted == "zero":
+            expected = torch.zeros(8)
+        elif wanted is None:
+            expected = stored[name][_ids(name)[token]]
+        else:
+            expected = stored[wanted[0]][wanted[1]]
+        assert torch.equal(rows[ids[token]], expected), name
+        for other in set(before) - {token}:
+            found = _plan(source).checkpoints[name].read(HEAD)
+            assert torch.equal(rows[ids[other]], found[before[other]])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        CHOSEN["b"][0],
+        {"source": {"kind": "model_token", "model": "one", "token_id": 8}},
+        {"source": {"kind": "model_token", "model": "two", "token": "a"}},
+    ],
+)
+def test_rows_that_are_not_there_are_refused(models, setting):
+    with pytest.raises(
+        RecipeError, match=r"tokenizer.tokens.b: (one|two) has no row of (8|'[ab]')"
+    ):
+        _plan(None, tokenizer={"tokens": {"b": setting}})
+
+
 def test_equal_vocabularies_are_left_as_they_are(models):
     write_model(models / "two", tensors_of(2, rows=6), TOKENS["base"], ADDED["base"])
     plan = _plan("union", models=["base", "two"])

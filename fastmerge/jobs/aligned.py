@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Entry
-from .vocabulary import Alignment
+from .vocabulary import ZERO, Alignment
 
 MEAN_ENTRIES = 1 << 20  # added up at a time: for the same sum on any machine, in little memory
 GATHER_COPIES = 3  # what rows that others have in place of a model take besides the rows
@@ -56,7 +56,8 @@ class AlignedCheckpoint:
     def _gather(self, key: str, start: int, stop: int | None) -> tuple[Tensor, Tensor]:
         """Rows [start, stop), and which of them no model has: those are anything yet."""
         own = self.alignment.own[start:stop]
-        rows, empty = self.inner.read_rows(key, own.clamp(min=0)), own < 0
+        rows, empty = self.inner.read_rows(key, own.clamp(min=0)), own == -1
+        rows[own == ZERO] = 0
         lacking = empty.nonzero().flatten()
         if len(lacking):
             total = torch.zeros(len(lacking), *rows.shape[1:], dtype=_computed_in(rows.dtype))

@@ -12,13 +12,17 @@ from .folder import (
     copied_files,
     dump_json,
     edit_config,
+    moved_ids,
     read_config,
+    read_json,
     special_ids,
 )
 from .models import Model
 from .recipe import Recipe
 from .tokenizing import Aligned
 from .vocabulary import dump
+
+_GENERATION = "generation_config.json"
 
 
 def output_files(
@@ -46,12 +50,22 @@ def output_files(
     if recipe.chat_template is not None:
         files = chat_template(files, recipe.chat_template, folders)
     files |= copied_files(reference.folder, OTHER_FILES)
+    moves = aligned is not None and layout is not reference
+    if moves and _GENERATION in files:
+        about = read_json(reference.folder / _GENERATION)
+        path = layout.folder / _GENERATION
+        theirs = read_json(path) if path.is_file() else read_config(layout.folder)
+        ids = moved_ids(about, special_ids(theirs), aligned.moved)
+        files[_GENERATION] = dump_json({**about, **ids})
     if not reference.config:
         return files
     layers = None
     if layer_sources is not None:
         layers = (next(iter(reference.stacks.sizes.values())), layer_sources)
-    ids = special_ids(read_config(layout.folder)) if layout is not reference else None
+    ids = None
+    if moves:
+        theirs = special_ids(read_config(layout.folder))
+        ids = moved_ids(reference.config, theirs, aligned.moved)
     config = edit_config(
         reference.config,
         dtype=recipe.dtype,

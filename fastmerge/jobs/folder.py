@@ -86,7 +86,7 @@ def edit_config(
         layers: (layers of the base model, the layer of a source that each layer of the output is
             made of), if they are chosen: counts, and lists with an entry a layer, follow.
         vocabulary: rows of the vocabulary tensors, if they changed.
-        ids: special token ids of the output's tokenizer, if it is not the base model's.
+        ids: special token ids of the output's tokenizer, in place of the base model's.
     """
     result = json.loads(json.dumps(config))
     if dtype is not None:
@@ -121,6 +121,25 @@ def _part(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 def special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     """The special token ids that a configuration gives."""
     return {key: config[key] for key in _ID_KEYS if key in config}
+
+
+def moved_ids(
+    config: Mapping[str, Any], given: Mapping[str, Any], moved: Mapping[int, int]
+) -> dict[str, Any]:
+    """The special token ids of a configuration in another tokenizer.
+
+    Args:
+        config: the configuration.
+        given: the ids that the other tokenizer's model gives; they count first.
+        moved: {id: that token's id there}; one that is not there is left out, None if none is.
+    """
+    result = dict(given)
+    for key, value in special_ids(config).items():
+        if key not in given and value is not None:
+            numbers = value if isinstance(value, list) else [value]
+            found = [moved[number] for number in numbers if type(number) is int and number in moved]
+            result[key] = (found if isinstance(value, list) else found[0]) if found else None
+    return result
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

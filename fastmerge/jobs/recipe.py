@@ -55,16 +55,35 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """Where the row of a token comes from in models that lack it.
+
+    Attributes:
+        token: the token; it joins the output's vocabulary if it is not there.
+        model: the model whose row is taken; None for a row of zeros.
+        other: the token, or the number of the row, that is taken there; None for the same token.
+        force: whether models that have the token take that row as well.
+    """
+
+    token: str
+    model: ModelName | None
+    other: str | int | None
+    force: bool
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """What vocabulary the output has.
 
     Attributes:
         source: "base", "union" or a model.
         multiple: rows of vocabulary tensors are padded to a multiple of this.
+        tokens: rows that are chosen token by token.
     """
 
     source: str | ModelName
     multiple: int = 1
+    tokens: tuple[TokenRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,8 @@ def _recipe(raw: Any, text: str) -> Recipe:
         seed=_optional(top, "seed", _whole),
         text=text,
     )
+    if recipe.tokenizer is not None:
+        _check_tokens(recipe)
     for number, part in enumerate(slices):
         _check_inputs(recipe, part, f"slices[{number}].sources" if "slices" in parts else "models")
     return recipe
@@ -281,6 +302,16 @@ def _check_inputs(recipe: Recipe, part: Slice, where: str) -> None:
                 raise RecipeError(f"{where}: {recipe.method} needs parameter {name!r}{whose}")
 
 
+def _check_tokens(recipe: Recipe) -> None:
+    """Rows come from models that are merged: others are not opened."""
+    models = recipe.models()
+    for row in recipe.tokenizer.tokens:
+        if row.model is not None and row.model not in models:
+            raise RecipeError(
+                f"tokenizer.tokens.{row.token[:60]}.source: {row.model} is no model of this recipe"
+            )
+
+
 def _unwrap_modules(top: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recipe whose `modules` is one module with slices or models is the same without it."""
     if "modules" not in top:
@@ -349,16 +380,40 @@ def _tokenizer(top: Mapping[str, Any]) -> Tokenizer | None:
     if top.get("tokenizer") is None:
         return None
     part = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
-    if part.get("tokens"):
-        raise RecipeError(
-            "tokenizer.tokens: rows chosen token by token are not supported; source gives every "
-            "token of the output the row of its own model, or the base model's where it has none"
-        )
+    tokens = _optional(part, "tokens", _mapping, "tokenizer") or {}
+    rows = tuple(_token_row(token, raw) for token, raw in tokens.items())
     multiple = part.get("pad_to_multiple_of")
     multiple = 1 if multiple is None else _whole(multiple, "tokenizer.pad_to_multiple_of")
     if not 1 <= multiple <= 65536:
         raise RecipeError(f"tokenizer.pad_to_multiple_of: expected 1 to 65536, got {multiple}")
-    return Tokenizer(_tokenizer_source(part.get("source", "union"), "tokenizer.source"), multiple)
+    source = _tokenizer_source(part.get("source", "union"), "tokenizer.source")
+    return Tokenizer(source, multiple, rows)
+
+
+def _token_row(token: str, raw: Any) -> TokenRow:
+    where = f"tokenizer.tokens.{token[:60]}"
+    part = _mapping(raw, where, ("source", "force"))
+    force, source = part.get("force", False), part.get("source")
+    if not isinstance(force, bool):
+        raise RecipeError(f"{where}.force: expected true or false, got {_kind(force)}")
+    if not token or source is None:
+        raise RecipeError(f"{where}: expected a token with a source")
+    if not isinstance(source, dict) or "kind" not in source:
+        return TokenRow(token, read_model_name(source, f"{where}.source"), None, force)
+    place = f"{where}.source"
+    if source["kind"] == "zero":
+        _mapping(source, place, ("kind",))
+        return TokenRow(token, None, None, force)
+    if source["kind"] != "model_token":
+        kind = _kind(source["kind"])
+        raise RecipeError(f"{place}.kind: expected zero or model_token, got {kind}")
+    _mapping(source, place, ("kind", "model", "token", "token_id"))
+    number = _optional(source, "token_id", _whole, place)
+    other = _optional(source, "token", _text, place)
+    if (number is None) == (other is None):
+        raise RecipeError(f"{place}: give either token or token_id")
+    model = read_model_name(source.get("model"), f"{place}.model")
+    return TokenRow(token, model, other if number is None else number, force)
 
 
 def _tokenizer_source(raw: Any, where: str) -> str | ModelName:

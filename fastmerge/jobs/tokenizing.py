@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from .aligned import AlignedCheckpoint
 from .folder import edit_config
 from .models import Model
-from .recipe import ModelName, Tokenizer
+from .recipe import ModelName, Tokenizer, TokenRow
 from .sources import tied_to
-from .vocabulary import Vocabulary, align, read_vocabulary, unite
+from .vocabulary import ChosenRow, Vocabulary, align, read_vocabulary, unite, with_tokens
 from .yaml_reader import RecipeError
 
 
@@ -23,12 +23,14 @@ class Aligned:
         rows: rows of these tensors.
         layout: the model whose tokenizer files the output gets.
         vocabulary: what its `tokenizer.json` becomes, None if it stays as it is.
+        moved: {token id of the base model, or of what takes its place: the output's}.
     """
 
     models: Mapping[ModelName, Model]
     rows: int
     layout: Model
     vocabulary: Vocabulary | None
+    moved: Mapping[int, int]
 
 
 def align_models(
@@ -55,9 +57,12 @@ def align_models(
         target = unite([vocabularies[base], *others])
     else:
         target = vocabularies[layout]
+    named = [row.token for row in tokenizer.tokens]
+    target = with_tokens(target, named, list(vocabularies.values()))
     rows = max(target.size, sizes[layout])
     rows = -(-rows // tokenizer.multiple) * tokenizer.multiple
-    alignments = align(target, rows, vocabularies, sizes, base)
+    chosen = [_chosen(row, target, vocabularies, sizes) for row in tokenizer.tokens]
+    alignments = align(target, rows, vocabularies, sizes, base, chosen)
     checkpoints = {name: model.checkpoint for name, model in models.items()}
     aligned = {}
     for name, model in models.items():
@@ -68,7 +73,29 @@ def align_models(
             model = replace(model, checkpoint=checkpoint, config=config)
         aligned[name] = model
     changed = target.ids != vocabularies[layout].ids
-    return Aligned(aligned, rows, models[layout], target if changed else None)
+    stays = vocabularies[base].ids.items()
+    moved = {number: target.ids[token] for token, number in stays if token in target.ids}
+    return Aligned(aligned, rows, models[layout], target if changed else None, moved)
+
+
+def _chosen(
+    row: TokenRow,
+    target: Vocabulary,
+    vocabularies: Mapping[ModelName, Vocabulary],
+    sizes: Mapping[ModelName, int],
+) -> ChosenRow:
+    """A recipe's choice as numbers of rows."""
+    place, where = target.ids[row.token], f"tokenizer.tokens.{row.token[:60]}"
+    if row.model is None:
+        return ChosenRow(place, None, -1, row.force)
+    other = row.token if row.other is None else row.other
+    found = vocabularies[row.model].ids.get(other, -1) if isinstance(other, str) else other
+    if not 0 <= found < sizes[row.model]:
+        raise RecipeError(
+            f"{where}: {row.model} has no row of {other!r}, expected a token that it has or a "
+            f"number below {sizes[row.model]}"
+        )
+    return ChosenRow(place, row.model, found, row.force)
 
 
 def _vocabulary_tensors(model: Model) -> list[str]:

@@ -17,6 +17,7 @@ from .yaml_reader import RecipeError
 
 FILE = "tokenizer.json"
 MAX_ID = 1 << 24
+ZERO = -2  # in place of a row's number: a row of zeros
 _DICTIONARIES = ("BPE", "WordPiece", "WordLevel")
 
 
@@ -103,6 +104,29 @@ def unite(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
     return Vocabulary("union", ids, raw)
 
 
+def with_tokens(
+    vocabulary: Vocabulary, tokens: Sequence[str], others: Sequence[Vocabulary]
+) -> Vocabulary:
+    """A vocabulary with more tokens behind its own, matched in texts first.
+
+    Args:
+        vocabulary: the vocabulary.
+        tokens: the tokens; those that it has already are left out.
+        others: where to look how a token is matched.
+    """
+    raw, ids, size = copy.deepcopy(dict(vocabulary.raw)), dict(vocabulary.ids), vocabulary.size
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    for token in tokens:
+        if token not in ids:
+            known = (_added(other).get(token) for other in others)
+            entry = next(filter(None, known), {**plain, "special": False})
+            entry = {**entry, "id": size, "content": token}
+            raw["added_tokens"] = [*(raw.get("added_tokens") or ()), entry]
+            ids[token] = size
+            size += 1
+    return Vocabulary(vocabulary.name, ids, raw)
+
+
 def _added(vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
     return {entry["content"]: entry for entry in vocabulary.raw.get("added_tokens") or ()}
 
@@ -130,7 +154,7 @@ class Alignment:
 
     Row r is the model's own row `own[r]`; where that is -1 it is the mean of the rows `index[r]`
     of the (model, index) pairs of `others`, of those that are not -1; if all are, the mean
-    of all rows that are not so.
+    of all rows that are not so. Where it is `ZERO`, the row is 0.
 
     Attributes:
         own: [V] int64.
@@ -146,12 +170,30 @@ class Alignment:
         return torch.equal(self.own, torch.arange(len(self.own)))
 
 
+@dataclass(frozen=True)
+class ChosenRow:
+    """A row that a recipe chooses for a token.
+
+    Attributes:
+        row: the token's row in the output.
+        model: name of the model that gives it; None for a row of zeros.
+        theirs: number of the row there.
+        force: also for models that have a row of their own.
+    """
+
+    row: int
+    model: str | None
+    theirs: int
+    force: bool
+
+
 def align(
     target: Vocabulary,
     rows: int,
     models: Mapping[str, Vocabulary],
     sizes: Mapping[str, int],
     base: str,
+    chosen: Sequence[ChosenRow] = (),
 ) -> dict[str, Alignment]:
     """Line every model's vocabulary rows up with those of a target vocabulary.
 
@@ -165,6 +207,7 @@ def align(
         models: {name: vocabulary}.
         sizes: {name: rows of the model's vocabulary tensors}.
         base: name of the base model, or of what takes its place.
+        chosen: rows that come from elsewhere.
     """
     tokens = list(target.ids)
     places = torch.tensor([target.ids[token] for token in tokens], dtype=torch.int64)
@@ -183,11 +226,15 @@ def align(
         index[padding] = padding.nonzero().flatten()
         own[name] = index
     lacking = own[base] < 0
-    others = [(base, own[base])]
-    for name, index in own.items():
-        if name != base and bool((lacking & (index >= 0)).any()):
-            others.append((name, torch.where(lacking, index, -1)))
-    return {name: Alignment(index, tuple(others)) for name, index in own.items()}
+    given = {n: i.clone() if n == base else torch.where(lacking, i, -1) for n, i in own.items()}
+    for choice in chosen:
+        for name, index in own.items():
+            given[name][choice.row] = choice.theirs if name == choice.model else -1
+            if choice.force or index[choice.row] < 0:
+                index[choice.row] = ZERO if choice.model is None else -1
+    names = [base, *(n for n, index in given.items() if n != base and bool((index >= 0).any()))]
+    others = tuple((name, given[name]) for name in names)
+    return {name: Alignment(index, others) for name, index in own.items()}
 
 
 def same_tokens(a: Vocabulary, b: Vocabulary) -> bool:
