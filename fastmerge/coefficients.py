@@ -59,6 +59,8 @@ class Coefficients(nn.Module):
         ValueError: K or L is 0, names repeat, or an argument does not fit.
     """
 
+    per_sample = False  # as `RowCoefficients` has it
+
     def __init__(
         self,
         names: Sequence[str],

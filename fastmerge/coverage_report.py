@@ -16,6 +16,7 @@ WAYS = {
     "merged_linear": "merged linear, panel by panel",
     "patches": "patch convolution, panel by panel",
     "rows": "only the rows looked up",
+    "samples": "a small tensor's values for every sample",
     "built": "combined copy",
 }
 
@@ -25,7 +26,8 @@ class TensorCoverage(NamedTuple):
 
     Attributes:
         name: the tensor's name.
-        uses: {"merged_linear" | "patches" | "rows" | "built": times}, without compiled graphs.
+        uses: {"merged_linear" | "patches" | "rows" | "samples" | "built": times}, without those in
+            compiled graphs.
         nbytes: the most bytes of merged weight, weight gradient and gathered rows that one such
             computation held at once, its backward pass included; 0 if there was none.
     """
@@ -94,6 +96,8 @@ def _bytes_of(weight: MergedWeight, way: str) -> int:
     if way == "built":
         return base.numel() * base.element_size()
     rows, dtype, transpose = weight.uses.largest[way]
+    if way == "samples":
+        return rows * base.numel() * base.element_size()
     if way == "rows":  # gathered from base and experts, and combined
         gathered = base.element_size() * 2 + weight.deltas.tensors[0].element_size() * len(
             weight.deltas

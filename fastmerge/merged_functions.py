@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import merged_samples, ops
 from .deltas import Deltas, Stored
 from .ops._library import accumulate_dtype
+from .sample_values import SampleValues
 
 HANDLERS: dict[Callable, Callable] = {}
 
@@ -33,9 +34,9 @@ def as_tuple(value: Any) -> tuple:
 
 
 def build(value: Any) -> Any:
-    """`value` with every MergedWeight in it replaced by a combined copy."""
+    """`value` with every MergedWeight in it replaced by a combined copy, or one a sample."""
     if is_merged(value):
-        return value.combined()
+        return merged_samples.of_samples(value) if value.per_sample else value.combined()
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(build(v) for v in value)
     if type(value) is dict:
@@ -86,6 +87,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _merged_linear(how: str, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x W^T + bias [..., O]; the outputs of chunks with coefficients of their own side by side."""
+    if weight.per_sample or isinstance(bias, SampleValues):
+        return merged_samples.linear(how, x, weight, bias)
     weight.count(how, x.shape[:-1].numel(), x.dtype)
     outputs = [
         ops.merged_linear(x, base.flatten(1), deltas.flat(), row, _slice(bias, start, stop))
@@ -122,6 +125,8 @@ def _rmatmul(weight: Tensor, input: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x W + bias with W [I, O]; the products of chunks with coefficients of their own add up."""
     x, total = _autocast(x, weight), None
+    if weight.per_sample:
+        return merged_samples.linear("merged_linear", x, weight, bias, transpose=True)
     weight.count("merged_linear", x.shape[:-1].numel(), x.dtype, transpose=True)
     for start, stop, base, deltas, row in weight.chunks():
         y = ops.merged_linear(x[..., start:stop], base, deltas, row, bias, transpose=True)
@@ -146,6 +151,8 @@ def _embedding(
     if not is_merged(weight):
         return NotImplemented
     _refuse_max_norm(weight, max_norm)
+    if weight.per_sample:
+        return merged_samples.embedding(input, weight, padding_idx)
     if scale_grad_by_freq or input.numel() >= weight.base.shape[0]:
         table = weight.combined()
         return F.embedding(input, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
@@ -263,7 +270,35 @@ _attention = FunctionType(
     F.__dict__ | {"has_torch_function": lambda arguments: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-implements(F.multi_head_attention_forward)(_attention)
+
+
+@implements(F.multi_head_attention_forward)
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    with merged_samples.batch_second((*args, *kwargs.values())):
+        return _attention(*args, **kwargs)
+
+
+@implements(F.layer_norm)
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    shape = list(normalized_shape)
+    return _norm(lambda x: F.layer_norm(x, shape, eps=eps), input, len(shape), weight, bias)
+
+
+@implements(F.rms_norm)
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Any:
+    shape = list(normalized_shape)
+    return _norm(lambda x: F.rms_norm(x, shape, eps=eps), input, len(shape), weight, None)
+
+
+def _norm(normalize: Callable, input: Any, dims: int, weight: Any, bias: Any) -> Any:
+    merged = next((p for p in (weight, bias) if is_merged(p) and p.per_sample), None)
+    if merged is None or not isinstance(input, Tensor):
+        return NotImplemented
+    return merged_samples.norm(normalize, input, dims, weight, bias, merged)
 
 
 @implements(torch.narrow, torch.Tensor.narrow)

@@ -28,6 +28,7 @@ from .merged_refusals import (
     warn_about_gradient,
     writes,
 )
+from .sample_values import SampleValues, call
 
 Spans = tuple[tuple[int, int, int], ...]
 
@@ -63,6 +64,7 @@ class MergedWeight(torch.Tensor):
         uses: how often it was computed with, by "merged_linear", "patches", "rows" or "built".
         detached: whether it keeps gradients from the coefficients, as `w.detach()` does.
         is_parameter: whether it is what modules hold, and not a view of that.
+        is_part: whether it is an entry of stacked weights, as mixtures of experts have.
     """
 
     base: Tensor
@@ -73,6 +75,7 @@ class MergedWeight(torch.Tensor):
     uses: Uses
     detached = False
     is_parameter = True
+    is_part = False
     is_merged_weight = True
 
     @staticmethod
@@ -116,7 +119,7 @@ class MergedWeight(torch.Tensor):
         if start == 0 and stop == self.base.shape[0]:
             return self
         if torch.compiler.is_compiling():  # which cannot make a tensor subclass out of nothing
-            return self.combined()[start:stop]
+            return build(self)[start:stop]
         spans = tuple(
             (max(a, start) - start, min(b, stop) - start, row)
             for a, b, row in self.spans
@@ -133,18 +136,30 @@ class MergedWeight(torch.Tensor):
         """Entry `index` of the first dimension as a merged weight of one dimension less; a built
         copy of it in a compiled graph."""
         if torch.compiler.is_compiling():
-            return self.combined()[index]
+            return build(self)[index]
         base, deltas = self.base[index], self.deltas.entry(index)
         row = next(row for start, stop, row in self.spans if start <= index < stop)
-        return self._view(base, deltas, ((0, base.shape[0], row),), self.detached)
+        view = self._view(base, deltas, ((0, base.shape[0], row),), self.detached)
+        view.is_part = True
+        return view
 
     def _view(self, base: Tensor, deltas: Deltas, spans: Spans, detached: bool) -> MergedWeight:
         view = MergedWeight(base, deltas, self.coefficients, self.index, spans)
         view.uses, view.detached, view.is_parameter = self.uses, detached, False
+        view.is_part = self.is_part
         return view
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether the coefficients differ from sample to sample now."""
+        return self.coefficients.per_sample
+
     def row(self, row: int) -> Tensor:
-        """A row of the coefficients [K] to compute with, differentiable unless detached."""
+        """The coefficients to compute with, differentiable unless detached.
+
+        Returns:
+            [K], or [B, K] if they differ from sample to sample.
+        """
         if self.detached:
             return self.coefficients.row(row).detach()
         refuse_lost_gradient(self)
@@ -178,7 +193,16 @@ class MergedWeight(torch.Tensor):
             self.uses.largest[how] = (rows, dtype, transpose)
 
     def combined(self) -> Tensor:
-        """A built copy of the whole weight, differentiable with respect to the coefficients."""
+        """A built copy of the whole weight, differentiable with respect to the coefficients.
+
+        Raises:
+            RuntimeError: the coefficients differ from sample to sample.
+        """
+        if self.per_sample:
+            raise RuntimeError(
+                f"merged weight {self.name!r} has no one value now: its coefficients differ from "
+                "sample to sample"
+            )
         self.count("built")
         weighted_sum = plain_sum if transforms_active() else ops.weighted_sum
         built = [weighted_sum(*rows) for _, _, *rows in self.chunks()]
@@ -193,7 +217,7 @@ class MergedWeight(torch.Tensor):
     def detach(self) -> Tensor:
         """The same weight, still following the coefficients and refusing to be written to."""
         if torch.compiler.is_compiling():
-            return self.combined().detach()
+            return build(self).detach()
         if self.detached:
             return self
         return self._view(self.base, self.deltas, self.spans, detached=True)
@@ -293,7 +317,10 @@ class MergedWeight(torch.Tensor):
             if result is not NotImplemented:
                 return result
         refuse_written(func, args, kwargs)
-        return func(*build(args), **build(kwargs))
+        args, kwargs = build(args), build(kwargs)
+        if args and isinstance(args[0], SampleValues):  # which is no tensor for torch.Tensor's own
+            return call(func, args, kwargs)
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -345,7 +372,7 @@ def _convert(weight: MergedWeight, name: str, args: tuple, kwargs: dict) -> Tens
             return weight if target is probe else target
         if target.is_meta and not probe.is_meta:
             refuse_write(weight, "moving to the meta device")
-    return getattr(weight.combined(), name)(*build(args), **build(kwargs))
+    return getattr(build(weight), name)(*build(args), **build(kwargs))
 
 
 def _writable() -> bool:
@@ -385,8 +412,8 @@ def _define_methods() -> None:
             if name in _VIEWS and _writable():
                 refuse_lost_gradient(self)
                 with torch.inference_mode():  # a view of a copy that refuses to be written to
-                    return getattr(self.combined(), name)(*build(args), **build(kwargs))
-            return getattr(self.combined(), name)(*build(args), **build(kwargs))
+                    return getattr(build(self), name)(*build(args), **build(kwargs))
+            return getattr(build(self), name)(*build(args), **build(kwargs))
 
         return call
 
