@@ -21,6 +21,7 @@ from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
 from .deltas import Deltas, Dense, Experts
 from .merged_weight import MergedWeight
 from .module_hooks import add_hooks, remove_hooks
+from .row_coefficients import RowCoefficients
 from .sources import read_experts, read_tensors
 from .trimming import trim_deltas
 
@@ -40,7 +41,7 @@ class Attachment:
         materialized: whether ordinary parameters have taken the merged weights' places.
     """
 
-    coefficients: Coefficients
+    coefficients: Coefficients | RowCoefficients | Mapping[str, RowCoefficients]
     weights: dict[str, MergedWeight]
     places: dict[str, list[tuple[nn.Module, str]]]
     originals: dict[str, nn.Parameter]
@@ -161,21 +162,14 @@ def attach(
 
     Source: AdaMerging and AdaMerging++ (arXiv 2310.02575).
     """
-    if model.__dict__.get(_RECORD) is not None:
-        raise ValueError("the model has merged weights already: call fastmerge.detach first")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, MergedWeight):
-            raise ValueError(
-                f"{name!r} is a merged weight already: a part of the model, or a model around it, "
-                "was attached before; call fastmerge.detach on that first"
-            )
+    check_unattached(model)
     if deltas not in ("experts", "dense"):
         raise ValueError(f"deltas must be 'experts' or 'dense', got {deltas!r}")
     if running_statistics_from not in ("experts", "base"):
         raise ValueError(
             f"running_statistics_from must be 'experts' or 'base', got {running_statistics_from!r}"
         )
-    places, tied = _places(model)
+    _, tied = _places(model)
     parameters = dict(model.named_parameters())
     floating = [name for name, p in parameters.items() if p.is_floating_point()]
     names = select_names(floating, include, exclude)
@@ -204,19 +198,54 @@ def attach(
         gram=gram,
     )
     coefficients.to(next(iter(chosen.values())).device)
-    record = Attachment(coefficients, {}, {n: places[n] for n in names}, {})
-    for index, name in enumerate(names):
-        record.originals[name] = parameters[name]
-        record.weights[name] = MergedWeight(bases[name], formats[name], coefficients, index)
-        record.put(name, record.weights[name])
+    record = attach_deltas(model, formats, coefficients)
     with torch.no_grad():
         for name in statistics:
             record.statistics[name] = buffers[name].clone()
             mean = torch.stack([t.float() for t in tensors[name]]).mean(0)
             buffers[name].copy_(mean)
+    return coefficients
+
+
+def attach_deltas(
+    model: nn.Module,
+    formats: Mapping[str, Deltas],
+    coefficients: Coefficients | RowCoefficients | Mapping[str, RowCoefficients],
+) -> Attachment:
+    """Turn parameters into merged weights with these deltas, in place; nothing is checked.
+
+    Args:
+        model: the base model, without merged weights.
+        formats: {parameter name: its K deltas}.
+        coefficients: those of the merged weights, or of each by name.
+
+    Returns:
+        The record that `detach` undoes.
+    """
+    places, _ = _places(model)
+    parameters = dict(model.named_parameters())
+    record = Attachment(coefficients, {}, {name: places[name] for name in formats}, {})
+    for name, deltas in formats.items():
+        own = coefficients[name] if isinstance(coefficients, Mapping) else coefficients
+        base = parameters[name].detach().contiguous()
+        record.originals[name] = parameters[name]
+        record.weights[name] = MergedWeight(base, deltas, own, own.names.index(name))
+        record.put(name, record.weights[name])
     record.add_hooks(model)
     model.__dict__[_RECORD] = record
-    return coefficients
+    return record
+
+
+def check_unattached(model: nn.Module) -> None:
+    """Raise ValueError if the model, or a part of it, has merged weights."""
+    if model.__dict__.get(_RECORD) is not None:
+        raise ValueError("the model has merged weights already: call fastmerge.detach first")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, MergedWeight):
+            raise ValueError(
+                f"{name!r} is a merged weight already: a part of the model, or a model around it, "
+                "was attached before; call fastmerge.detach on that first"
+            )
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -77,7 +77,8 @@ def _by_batch(x: Tensor, weight: Any, batch: int) -> tuple[Tensor, tuple[int, ..
         return x.unflatten(0, (batch, lead[0] // batch)), (batch, 1), True
     raise RuntimeError(
         f"merged weight {weight.name!r} has coefficients for {batch} samples, but meets "
-        f"activations of shape {list(x.shape)}, in whose first dimension the samples cannot be told apart"
+        f"activations of shape {list(x.shape)}, in whose first dimension the samples cannot be "
+        "told apart"
     )
 
 

@@ -71,6 +71,7 @@ class RowCoefficients(nn.Module):
                 )
             if isinstance(rows, nn.Parameter):
                 rows = rows.view_as(rows)  # a module would take it for its own
+            rows = rows[0] if rows.shape[:-1] == (1,) else rows  # which every function can do
         self.current = rows
         if not torch.compiler.is_compiling():
             self._pass = torch._C._current_graph_task_id()

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-# Functions whose tensors are broadcast against each other, or laid side by side.
+# Functions whose tensors are broadcast against each other, laid side by side, or of one batch.
 _BROADCAST = frozenset(
     "add sub rsub subtract mul multiply div divide true_divide truediv floor_divide floordiv pow "
     "maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge remainder mod atan2 logaddexp "
-    "logical_and logical_or and or masked_fill cat concat concatenate".split()
+    "logical_and logical_or and or masked_fill cat concat concatenate "
+    "scaled_dot_product_attention".split()
 )
 # Functions that treat each entry of their input's first dimension by itself.
 _BY_SAMPLE = frozenset(
@@ -27,6 +29,20 @@ _BY_SAMPLE = frozenset(
 )
 # Functions whose further tensors are indices, the same for all samples.
 _INDEXED = frozenset("getitem index_select gather take take_along_dim".split())
+
+
+def _names() -> dict[Callable, str]:
+    """The functions above, also as methods, reflected and in-place operators, by plain name."""
+    found = {}
+    for name in _BROADCAST | _BY_SAMPLE | _INDEXED:
+        for spelling in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
+            for home in (torch, F, Tensor):
+                if hasattr(home, spelling):
+                    found[getattr(home, spelling)] = name
+    return found
+
+
+_NAMES = _names()
 
 
 class SampleValues:
@@ -144,7 +160,7 @@ def call(func: Callable, args: tuple, kwargs: dict) -> Any:
     if not values:
         return func(*args, **kwargs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    batch, name, first = len(values[0].data), _plain_name(func), leaves[0]
+    batch, name, first = len(values[0].data), _NAMES.get(func), leaves[0]
     if name in _BROADCAST:
         rank = max(leaf.dim() for leaf in (*values, *tensors))
         if any(t.dim() == rank and t.dim() and t.shape[0] == batch for t in tensors):
@@ -160,19 +176,10 @@ def call(func: Callable, args: tuple, kwargs: dict) -> Any:
         if name != "batch_norm" or not (kwargs.get("training") or args[5:6] == (True,)):
             return _by_sample(func, leaves, spec)
     raise RuntimeError(
-        f"{getattr(func, '__name__', func)} with merged weight {values[0].name!r} cannot be "
+        f"{func.__name__} with merged weight {values[0].name!r} cannot be "
         f"computed with the coefficients of each of {batch} samples: give all samples of a batch "
         "the same ones"
     )
-
-
-def _plain_name(func: Callable) -> str:
-    """A function's name without the marks of reflected and in-place operators."""
-    name = getattr(func, "__name__", "")
-    plain = name.strip("_")
-    if name.startswith("__") and plain not in _BROADCAST and plain[:1] in ("r", "i"):
-        return plain[1:] if plain[1:] in _BROADCAST else plain
-    return plain
 
 
 def _alone(func: Callable, leaves: list, spec: Any) -> Any:
