@@ -43,6 +43,18 @@ def _truth(models, images: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _seconds_to_read(models, device: torch.device) -> float:
+    """Reading base and experts forward, and these and the weight gradient backward, as fast as a
+    plain copy moves bytes."""
+    base, experts = models
+    model = sum(p.numel() * p.element_size() for p in base.parameters())
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, device, 7)["copy"]
+    moved = 2 * source.numel() * source.element_size()
+    return (2 * len(experts) + 3) * model * seconds / moved
+
+
 @pytest.mark.parametrize("images_per_task", [1, 8])
 def test_step(benchmark, images_per_task, models, device, rounds, small, results: Results):
     """P3: the ways take turns; each agrees with the truth before it is timed."""
@@ -59,6 +71,8 @@ def test_step(benchmark, images_per_task, models, device, rounds, small, results
     seconds = interleaved(variants, device, max(3, rounds // 3))
     case = _case(images_per_task)
     benchmark.extra_info["ratio"] = results.add("P3", case, seconds, "plain step")["fastmerge"]
+    reads = _seconds_to_read(models, device) / seconds["plain step"]
+    results.add_value("P3", case, "plain step + reads at copy bandwidth", 1 + reads, "plain step")
     of_bf16 = seconds["fastmerge bf16"] / seconds["plain step bf16"]
     results.add_value("P3", case, "fastmerge bf16", of_bf16, "plain step bf16")
     benchmark.pedantic(variants["fastmerge"], rounds=1)
