@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .chunking import important_chunks
     from .coefficients import Coefficients, load_coefficients
     from .coverage_report import coverage
-    from .deltas import Dense, Experts, LowRank
+    from .deltas import Dense, Experts, LowRank, Masked
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
@@ -36,7 +36,7 @@ _HOMES = {
     "chunking": ("important_chunks",),
     "coefficients": ("Coefficients", "load_coefficients"),
     "coverage_report": ("coverage",),
-    "deltas": ("Dense", "Experts", "LowRank"),
+    "deltas": ("Dense", "Experts", "LowRank", "Masked"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
@@ -55,6 +55,7 @@ __all__ = [
     "Experts",
     "History",
     "LowRank",
+    "Masked",
     "MergedWeight",
     "MergedWeightWarning",
     "ShuffledBatches",

@@ -62,7 +62,7 @@ def native_kernels(op: str, *tensors: torch.Tensor | None) -> ModuleType | None:
         kernels, reason = None, f"dtype {unsupported[0]} is computed by the reference"
     else:
         kernels, reason = _native.for_device(given[0].device)
-        if kernels is not None and hasattr(_native, op) and not hasattr(kernels, op):
+        if kernels is not None and hasattr(_native.cpu, op) and not hasattr(kernels, op):
             kernels, reason = None, f"it has no {given[0].device.type} kernel"
     if kernels is None and forced == "native":
         raise RuntimeError(f"{op}: the native backend was forced but cannot run: {reason}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, _native
+from ._native import extensions
 from .ops import _library
 
 
@@ -32,13 +33,13 @@ def info() -> dict[str, Any]:
 def _cpu_state() -> str:
     if not _native.available():
         return f"missing, the reference runs: {_native.unavailable_reason()}"
-    return f"{_native.cpu.isa()} (of {', '.join(_native.cpu.supported_isas())})"
+    return f"{extensions.cpu.isa()} (of {', '.join(extensions.cpu.supported_isas())})"
 
 
 def _cuda_state() -> str:
-    built = _native.build_info().get("fastmerge._cuda", {}).get("archs", [])
+    built = extensions.build_info().get("fastmerge._cuda", {}).get("archs", [])
     reason = _native.cuda_unavailable_reason()
-    if _native.cuda is None:
+    if extensions.cuda is None:
         return f"missing, the reference runs: {reason}"
     compiled = f"compiled for sm {', '.join(built)}"
     return f"{compiled}, not usable here: {reason}" if reason else compiled

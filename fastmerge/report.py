@@ -56,7 +56,8 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     """A `rich` table: one line a row, accuracy in percent per task and average, cost.
 
     Args:
-        rows: dicts with method, protocol, accuracy {task: percent}, average, seconds, peak_mib.
+        rows: dicts with method, protocol, accuracy {task: percent}, average, seconds, peak_mib;
+            with stored_mib and batch_ms these are shown as well.
         title: shown above.
     """
     from rich import box
@@ -68,7 +69,8 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
     if protocols:
         table.add_column("protocol")
     tasks = list(rows[0]["accuracy"])
-    for name in (*tasks, "mean", "seconds", "MiB"):
+    serving = all("batch_ms" in row for row in rows)
+    for name in (*tasks, "mean", "seconds", "MiB", *(("stored", "ms") if serving else ())):
         style = "bold" if name == "mean" else None
         table.add_column(name, justify="right", style=style, no_wrap=True, min_width=5)
     for row in rows:
@@ -79,6 +81,7 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Any:
             f"{row['average']:.1f}",
             f"{row['seconds']:.1f}",
             f"{row['peak_mib']:.0f}",
+            *((f"{row['stored_mib']:.0f}", f"{row['batch_ms']:.0f}") if serving else ()),
         )
     return table
 

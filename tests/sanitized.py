@@ -16,6 +16,6 @@ _spec.loader.exec_module(sys.modules["fastmerge._cpu"])
 
 
 def pytest_sessionstart() -> None:
-    from fastmerge import _native
+    from fastmerge._native import extensions
 
-    assert _native.cpu is not None and _native.cpu.__file__ == PATH, _native.unavailable_reason()
+    assert extensions.cpu is not None and extensions.cpu.__file__ == PATH, extensions.cpu_reason

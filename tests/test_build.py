@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from fastmerge import _native
+from fastmerge._native import extensions
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -128,7 +129,7 @@ def test_kernels_use_no_standard_library_and_python_stays_in_bindings() -> None:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm not found")
 @pytest.mark.parametrize("module", ["cpu", "cuda"])
 def test_no_torch_symbols(module: str) -> None:
-    extension = getattr(_native, module)
+    extension = getattr(extensions, module)
     if extension is None:
         pytest.skip(_native.cuda_unavailable_reason())
     symbols = subprocess.run(
@@ -156,9 +157,9 @@ def test_levels_share_no_weak_kernel_symbols(native_build) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("level", _native.cpu.supported_isas() if _native.available() else [])
+@pytest.mark.parametrize("level", extensions.cpu.supported_isas() if _native.available() else [])
 def test_forced_level(level: str) -> None:
-    code = "from fastmerge import _native; print(_native.cpu.isa())"
+    code = "from fastmerge._native import extensions; print(extensions.cpu.isa())"
     assert run_python(code, FASTMERGE_ISA=level) == level
 
 
@@ -172,37 +173,39 @@ def test_unknown_forced_level_is_the_reason() -> None:
 def test_best_level_is_the_default() -> None:
     if not _native.available() or os.environ.get("FASTMERGE_ISA"):
         pytest.skip("no level to choose")
-    code = "from fastmerge import _native as n; print(n.cpu.isa() == n.cpu.supported_isas()[-1])"
+    code = (
+        "from fastmerge._native.extensions import cpu; print(cpu.isa() == cpu.supported_isas()[-1])"
+    )
     assert run_python(code) == "True"
 
 
 def test_cuda_module_without_a_device() -> None:
-    if _native.cuda is None:
+    if extensions.cuda is None:
         assert _native.cuda_unavailable_reason()
         return
-    info = _native.cuda.device_info()
+    info = extensions.cuda.device_info()
     assert info["archs"] and info["runtime_version"] >= 12000
     assert info["available"] == (info["device_count"] > 0)
     assert bool(info["reason"]) != info["available"]
     assert _native.cuda_unavailable_reason() == info["reason"]
     if not info["available"]:
         with pytest.raises(RuntimeError, match="cuda"):
-            _native.cuda.probe(0, 0, 0)
+            extensions.cuda.probe(0, 0, 0)
 
 
 def test_cuda_probe_runs() -> None:
     torch = pytest.importorskip("torch")
     if _native.cuda_unavailable_reason() or not torch.cuda.is_available():
         pytest.skip(_native.cuda_unavailable_reason() or "torch sees no CUDA device")
-    assert _native.cuda.device_reason(0) == ""
+    assert extensions.cuda.device_reason(0) == ""
     arch = torch.zeros(1, dtype=torch.int32, device="cuda")
-    _native.cuda.probe(0, arch.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    extensions.cuda.probe(0, arch.data_ptr(), torch.cuda.current_stream().cuda_stream)
     major, minor = torch.cuda.get_device_capability(0)
     assert 0 < arch.item() <= major * 100 + minor * 10
 
 
 def test_build_info_names_every_part() -> None:
-    info = _native.build_info()
+    info = extensions.build_info()
     assert set(info) == {"fastmerge._cpu", "fastmerge._cuda"}
     for part in info.values():
         assert part["built"] or part["reason"]

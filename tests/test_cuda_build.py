@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastmerge import _native, _native_cuda
+from fastmerge import _native
+from fastmerge._native import cuda, extensions
 
 from .gpu.emulated import ROOT, build, native_build
 
@@ -99,10 +100,10 @@ def run_python(code: str, **environ: str) -> list[str]:
 
 
 def test_import_without_devices_tells_the_reason() -> None:
-    if _native.cuda is None:
+    if extensions.cuda is None:
         pytest.skip(_native.cuda_unavailable_reason())
     code = (
-        "from fastmerge import _native as n, _native_cuda; import torch\n"
+        "from fastmerge import _native as n; import torch\n"
         "print(n.cuda_unavailable_reason())\n"
         "print(*n.for_device(torch.device('cuda', 0)))"
     )
@@ -123,18 +124,17 @@ REASONS = {
 @pytest.mark.parametrize("variable", REASONS)
 def test_unsuitable_driver_or_device_is_the_reason(monkeypatch, variable: str) -> None:
     """An old driver or an architecture without code: the reference runs and the reason is told."""
-    monkeypatch.setattr(_native, "cuda", build())
-    monkeypatch.setattr(_native_cuda, "cuda", _native.cuda)
+    monkeypatch.setattr(extensions, "cuda", build())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 3))
-    _native_cuda.unavailable_reason.cache_clear()
+    cuda.unavailable_reason.cache_clear()
     device = torch.device("cuda", 0)
-    assert _native.for_device(device) == (_native_cuda, "")
-    _native_cuda.unavailable_reason.cache_clear()
+    assert _native.for_device(device) == (cuda, "")
+    cuda.unavailable_reason.cache_clear()
     code, message = REASONS[variable]
     monkeypatch.setenv(variable, code)
     kernels, reason = _native.for_device(device)
     assert kernels is None and reason.startswith(message)
-    _native_cuda.unavailable_reason.cache_clear()
+    cuda.unavailable_reason.cache_clear()
 
 
 def test_binding_refuses_what_would_crash() -> None:

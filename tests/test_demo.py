@@ -14,6 +14,7 @@ import fastmerge as fm
 from fastmerge.demo import evaluate, experts, measure, rows, run
 from fastmerge.demo.data import DemoDataError
 from fastmerge.demo.model import head, merged_names, merged_state
+from fastmerge.demo.serving import stored_bytes
 from fastmerge.demo.settings import Settings
 from fastmerge.demo.tasks import Split, Task
 
@@ -245,7 +246,11 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
         record = row.record
         assert set(record["accuracy"]) == set(SETTINGS.tasks)
         assert record["average"] == pytest.approx(sum(record["accuracy"].values()) / 3)
-        assert record["peak_mib"] > 50 and record["seconds"] >= 0
+        assert record["peak_mib"] > 50 and record["seconds"] >= 0 and record["batch_ms"] > 0
+    stored = {row.record["method"]: row.record["stored_mib"] * 2**20 for row in finished}
+    one, merged = stored_bytes(dict(bench.encoder.named_parameters())), stored_bytes(bench.base)
+    assert stored.pop("individual") == one + 2 * merged
+    assert set(stored.values()) == {one}
     assert _same(merged_state(bench.encoder), bench.base)
     files = run.plot(finished, SETTINGS, tmp_path)
     assert {file.name for file in files} == {
@@ -264,6 +269,14 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     )
     notes = run.describe([row.record for row in finished], SETTINGS)
     assert any(note.startswith(f"Best learned {best:.1f} (AdaMerging") for note in notes)
+
+
+def test_the_mixed_batch_has_rows_of_all_tasks_in_turn(bench):
+    mixed = bench.mixed
+    names = list(bench.scored)
+    assert mixed.tasks[:6] == names + names and len(mixed.ids) == 8 * len(names)
+    for name in names:
+        assert torch.equal(mixed.of_task(name), bench.scored[name].ids[:8])
 
 
 def test_default_run_leaves_out_what_full_adds(bench):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastmerge import _native
+from fastmerge._native import cpu, extensions
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())
 
@@ -24,9 +25,9 @@ POISON = float("nan")
 
 @pytest.fixture(autouse=True)
 def _restore_settings() -> Iterator[None]:
-    isa, threads = _native.cpu.isa(), torch.get_num_threads()
+    isa, threads = extensions.cpu.isa(), torch.get_num_threads()
     yield
-    _native.cpu.set_isa(isa)
+    extensions.cpu.set_isa(isa)
     torch.set_num_threads(threads)
 
 
@@ -46,8 +47,8 @@ def raw(tensor: torch.Tensor) -> bytes:
 def same_everywhere(run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     """Results of `run`, after checking that each level and thread count gives the same bytes."""
     first: tuple[torch.Tensor, ...] | None = None
-    for isa, threads in itertools.product(_native.cpu.supported_isas(), THREADS):
-        _native.cpu.set_isa(isa)
+    for isa, threads in itertools.product(extensions.cpu.supported_isas(), THREADS):
+        extensions.cpu.set_isa(isa)
         torch.set_num_threads(threads)
         results = run()
         if first is None:
@@ -96,9 +97,9 @@ def test_streaming_kernels(size: int, experts: bool) -> None:
 
         def run(base=base, deltas=deltas, coefficients=coefficients, grad=grad, dtype=dtype):
             out, fused_out = poisoned(size, dtype, 1), poisoned(size, dtype, 1)
-            _native.weighted_sum([base], [deltas], coefficients[None], [out], experts)
-            dots = _native.coefficient_grad([grad], [base] if experts else None, [deltas])[0]
-            fused = _native.combine_and_dot(base, deltas, coefficients, grad, fused_out, experts)
+            cpu.weighted_sum([base], [deltas], coefficients[None], [out], experts)
+            dots = cpu.coefficient_grad([grad], [base] if experts else None, [deltas])[0]
+            fused = cpu.combine_and_dot(base, deltas, coefficients, grad, fused_out, experts)
             return out, dots, fused_out, fused
 
         out, dots, fused_out, fused = same_everywhere(run)
@@ -116,12 +117,12 @@ def test_dtype_mixes(base_dtype, delta_dtype, out_dtype, experts: bool) -> None:
     base, deltas, coefficients = inputs(1003, 3, base_dtype, delta_dtype)
     grad = random_tensor(1003, out_dtype, 9)
     out, fused_out = poisoned(1003, out_dtype), poisoned(1003, out_dtype)
-    _native.weighted_sum([base], [deltas], coefficients[None], [out], experts)
-    dots = _native.combine_and_dot(base, deltas, coefficients, grad, fused_out, experts)
+    cpu.weighted_sum([base], [deltas], coefficients[None], [out], experts)
+    dots = cpu.combine_and_dot(base, deltas, coefficients, grad, fused_out, experts)
     assert torch.equal(out, combined(base, deltas, coefficients, experts, out_dtype))
     assert torch.equal(out, fused_out)
     assert_dots(dots, grad, task_vectors(base, deltas, experts))
-    separate = _native.coefficient_grad([grad], [base] if experts else None, [deltas])[0]
+    separate = cpu.coefficient_grad([grad], [base] if experts else None, [deltas])[0]
     assert torch.equal(dots, separate)
 
 
@@ -129,8 +130,12 @@ def test_deltas_of_different_dtypes_are_widened() -> None:
     base, _, coefficients = inputs(100, 3, torch.float32, torch.float32)
     deltas = [random_tensor(100, dtype, 1) for dtype in DTYPES]
     out = poisoned(100, torch.float32)
-    _native.weighted_sum([base], [deltas], coefficients[None], [out], True)
+    cpu.weighted_sum([base], [deltas], coefficients[None], [out], True)
     assert torch.equal(out, combined(base, deltas, coefficients, True, torch.float32))
+    wide, found = [delta.float() for delta in deltas], out.clone()
+    cpu.ties_merge(base, wide, coefficients.abs(), out, experts=True)
+    cpu.ties_merge(base, deltas, coefficients.abs(), found, experts=True)
+    assert torch.equal(out, found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,8 +148,8 @@ def test_list_of_tensors_and_row_panels(dtype: torch.dtype) -> None:
     def run():
         outs = [poisoned(size, dtype) for size in sizes]
         bases, deltas = [b for b, _, _ in whole], [d for _, d, _ in whole]
-        _native.weighted_sum(bases, deltas, coefficients, outs, True)
-        return (*outs, _native.coefficient_grad(grads, bases, deltas))
+        cpu.weighted_sum(bases, deltas, coefficients, outs, True)
+        return (*outs, cpu.coefficient_grad(grads, bases, deltas))
 
     *outs, dots = same_everywhere(run)
     for i, (base, deltas, row) in enumerate(whole):
@@ -155,7 +160,7 @@ def test_list_of_tensors_and_row_panels(dtype: torch.dtype) -> None:
     for start in (0, 7, 21):
         stop = min(start + 19, 40)
         rows = [d.view(40, 1000)[start:stop] for d in whole[4][1]]
-        _native.weighted_sum(
+        cpu.weighted_sum(
             [matrix[start:stop]], [rows], coefficients[4:5], [panels[start:stop]], True
         )
     assert torch.equal(panels.view(-1), outs[4])
@@ -167,17 +172,17 @@ def test_in_place(experts: bool) -> None:
     expected = combined(base, deltas, coefficients, experts, torch.bfloat16)
     grad = random_tensor(20001, torch.float32, 3)
     fused = base.clone()
-    dots = _native.combine_and_dot(fused, deltas, coefficients, grad, fused, experts)
+    dots = cpu.combine_and_dot(fused, deltas, coefficients, grad, fused, experts)
     assert torch.equal(fused, expected)
     assert_dots(dots, grad, task_vectors(base, deltas, experts))
-    _native.weighted_sum([base], [deltas], coefficients[None], [base], experts)
+    cpu.weighted_sum([base], [deltas], coefficients[None], [base], experts)
     assert torch.equal(base, expected)
 
 
 def test_more_deltas_than_one_group() -> None:
     base, deltas, coefficients = inputs(1030, 70, torch.float32, torch.float32)
     grad, out = random_tensor(1030, torch.float32, 3), poisoned(1030, torch.float32)
-    dots = _native.combine_and_dot(base, deltas, coefficients, grad, out, True)
+    dots = cpu.combine_and_dot(base, deltas, coefficients, grad, out, True)
     assert torch.equal(out, combined(base, deltas, coefficients, True, torch.float32))
     assert_dots(dots, grad, task_vectors(base, deltas, True))
 
@@ -189,8 +194,8 @@ def test_widening_of_every_16_bit_pattern(source: torch.dtype) -> None:
     def run():
         out, again = poisoned(2**16, torch.float32), torch.zeros(2**16, dtype=source)
         empty = torch.empty(1, 0)
-        _native.weighted_sum([values], [[]], empty, [out])
-        _native.weighted_sum([values], [[]], empty, [again])
+        cpu.weighted_sum([values], [[]], empty, [out])
+        cpu.weighted_sum([values], [[]], empty, [again])
         return out, again
 
     out, again = same_everywhere(run)
@@ -215,7 +220,7 @@ def test_rounding_to_16_bits(target: torch.dtype) -> None:
 
     def run():
         out = torch.zeros(values.numel(), dtype=target)
-        _native.weighted_sum([values], [[]], torch.empty(1, 0), [out])
+        cpu.weighted_sum([values], [[]], torch.empty(1, 0), [out])
         return (out,)
 
     (out,) = same_everywhere(run)
@@ -231,8 +236,8 @@ def test_nan_and_infinity_pass_through() -> None:
 
     def run():
         out = torch.zeros(30)
-        _native.weighted_sum([base], [deltas], coefficients, [out])
-        return out, _native.coefficient_grad([grad], None, [deltas])
+        cpu.weighted_sum([base], [deltas], coefficients, [out])
+        return out, cpu.coefficient_grad([grad], None, [deltas])
 
     out, dots = same_everywhere(run)
     expected = base + deltas[0]
@@ -257,7 +262,7 @@ def test_magnitude_histogram(size: int, dtype: torch.dtype, experts: bool) -> No
     def run():
         counts = torch.full((2, 65536), 7, dtype=torch.int64)
         for level in (0, 1):
-            _native.magnitude_histogram(base, delta, level, prefix, counts[level], experts)
+            cpu.magnitude_histogram(base, delta, level, prefix, counts[level], experts)
         return (counts - 7,)
 
     (counts,) = same_everywhere(run)
@@ -284,7 +289,7 @@ def test_magnitude_bracket(size: int, dtype: torch.dtype, experts: bool) -> None
         results = []
         for low, shift, bins in brackets:
             counts = torch.full((bins + 2,), 7, dtype=torch.int64)
-            _native.magnitude_bracket(base, delta, low, shift, counts, experts)
+            cpu.magnitude_bracket(base, delta, low, shift, counts, experts)
             results.append(counts - 7)
         return tuple(results)
 
@@ -299,7 +304,7 @@ def test_histogram_of_a_shared_table_equals_one_threads() -> None:
     for threads in THREADS:
         torch.set_num_threads(threads)
         counts = torch.zeros(65536, dtype=torch.int64)
-        _native.magnitude_histogram(None, delta, 0, 0, counts)
+        cpu.magnitude_histogram(None, delta, 0, 0, counts)
         assert np.array_equal(counts.numpy(), expected)
 
 
@@ -343,12 +348,12 @@ def test_ties(size: int, experts: bool) -> None:
             def run(base=base, deltas=deltas, thresholds=thresholds, dtype=dtype, mode=mode,
                     majority=majority, add_base=add_base):  # fmt: skip
                 out = poisoned(size, dtype, 1)
-                stats = _native.ties_merge(
+                stats = cpu.ties_merge(
                     base, deltas, thresholds, out, experts=experts, mode=mode, scaling=0.3,
                     majority=majority, add_base=bool(add_base),
                 )  # fmt: skip
                 masks = torch.full((len(deltas), (size + 7) // 8), 0xA5, dtype=torch.uint8)
-                mask_stats = _native.ties_masks(
+                mask_stats = cpu.ties_masks(
                     base, deltas, thresholds, masks, experts=experts, majority=majority
                 )
                 return out, stats, masks, mask_stats
@@ -374,7 +379,7 @@ def test_ties_of_cancelling_and_undefined_values(mode: int) -> None:
 
         def run(majority=majority):
             out = poisoned(24, torch.float32)
-            stats = _native.ties_merge(
+            stats = cpu.ties_merge(
                 base, [first, second], thresholds, out, mode=mode, majority=majority
             )
             return out, stats
@@ -390,13 +395,13 @@ def test_ties_of_cancelling_and_undefined_values(mode: int) -> None:
 def test_ties_without_base_and_in_place() -> None:
     base, deltas, _ = inputs(5000, 3, torch.float32, torch.float32)
     thresholds, out = torch.full((3,), 0.5), poisoned(5000, torch.float32)
-    without = _native.ties_merge(None, deltas, thresholds, out)
+    without = cpu.ties_merge(None, deltas, thresholds, out)
     expected, _, votes = ties_oracle(
         base, deltas, thresholds, False, 0, 1.0, 0, False, torch.float32
     )
     assert torch.equal(out, expected) and torch.equal(without, votes)
     expected, _, _ = ties_oracle(base, deltas, thresholds, True, 0, 1.0, 0, True, torch.float32)
-    _native.ties_merge(base, deltas, thresholds, base, experts=True, add_base=True)
+    cpu.ties_merge(base, deltas, thresholds, base, experts=True, add_base=True)
     assert torch.equal(base, expected)
 
 
@@ -406,13 +411,13 @@ def test_ties_finds_its_own_majority_in_place_too(sign: int) -> None:
     deltas = [torch.tensor([3.0, sign, 0, 2, 0, 4]), torch.tensor([-3.0, sign, 0, -2, 0, -4])]
     out, masks = poisoned(6, torch.float32), torch.empty(2, 1, dtype=torch.uint8)
     options = dict(mode=2, add_base=True)
-    votes = _native.ties_merge(base, deltas, thresholds, out, majority=sign, **options)
-    _native.ties_masks(base, deltas, thresholds, masks, majority=sign)
+    votes = cpu.ties_merge(base, deltas, thresholds, out, majority=sign, **options)
+    cpu.ties_masks(base, deltas, thresholds, masks, majority=sign)
     found, room = torch.full_like(masks, 255), base.clone()
-    assert torch.equal(_native.ties_masks(None, deltas, thresholds, found, majority=None), votes)
+    assert torch.equal(cpu.ties_masks(None, deltas, thresholds, found, majority=None), votes)
     assert torch.equal(found, masks)
     for target in (poisoned(6, torch.float32), room):
-        own = _native.ties_merge(room, deltas, thresholds, target, majority=None, **options)
+        own = cpu.ties_merge(room, deltas, thresholds, target, majority=None, **options)
         assert torch.equal(target, out) and torch.equal(own, votes)
 
 
@@ -432,8 +437,8 @@ def test_softmax_entropy(rows: int, cols: int, dtype: torch.dtype) -> None:
     grad = random_tensor(rows, torch.float32, 4)
 
     def run():
-        entropy, lse = _native.softmax_entropy(logits)
-        return entropy, lse, _native.softmax_entropy_backward(logits, entropy, lse, grad)
+        entropy, lse = cpu.softmax_entropy(logits)
+        return entropy, lse, cpu.softmax_entropy_backward(logits, entropy, lse, grad)
 
     entropy, lse, grad_logits = same_everywhere(run)
     truth, true_lse, p = entropy_oracle(logits.double())
@@ -465,8 +470,8 @@ def test_softmax_entropy_of_infinite_and_undefined_logits(dtype: torch.dtype) ->
     logits[5, 0] = 60000.0  # its softmax is exactly one class
 
     def run():
-        entropy, lse = _native.softmax_entropy(logits)
-        grad = _native.softmax_entropy_backward(logits, entropy, lse, torch.ones(6))
+        entropy, lse = cpu.softmax_entropy(logits)
+        grad = cpu.softmax_entropy_backward(logits, entropy, lse, torch.ones(6))
         return entropy, lse, grad
 
     entropy, lse, grad = same_everywhere(run)
@@ -479,24 +484,24 @@ def test_softmax_entropy_of_infinite_and_undefined_logits(dtype: torch.dtype) ->
 
 def test_uniform_rows_have_the_logarithm_of_their_length() -> None:
     for cols in (1, 2, 3, 10, 1000, 50257, 2**20 + 1):
-        entropy, lse = _native.softmax_entropy(torch.full((1, cols), 2.5))
+        entropy, lse = cpu.softmax_entropy(torch.full((1, cols), 2.5))
         assert abs(entropy.item() - np.log(cols)) <= UNIT * np.log(cols)
         assert abs(lse.item() - (2.5 + np.log(cols))) <= UNIT * 16
 
 
 def test_pointer_counts_and_codes_are_checked() -> None:
-    cpu, x = _native.cpu, torch.ones(4)
+    x = torch.ones(4)
     with pytest.raises(ValueError, match="deltas: expected 2 pointers, found 1"):
-        cpu.weighted_sum([0], [x.data_ptr()], 0, [0], [4], 2, 0, 0, 0, False, 1)
+        extensions.cpu.weighted_sum([0], [x.data_ptr()], 0, [0], [4], 2, 0, 0, 0, False, 1)
     with pytest.raises(ValueError, match=r"base_dtype: expected dtype code .* found 3"):
-        cpu.weighted_sum([0], [0], 0, [0], [4], 1, 3, 0, 0, False, 1)
+        extensions.cpu.weighted_sum([0], [0], 0, [0], [4], 1, 3, 0, 0, False, 1)
     with pytest.raises(ValueError, match="instruction set: expected one of baseline"):
-        cpu.set_isa("avx1024")
+        extensions.cpu.set_isa("avx1024")
 
 
 def test_levels() -> None:
-    levels = _native.cpu.supported_isas()
+    levels = extensions.cpu.supported_isas()
     assert levels[0] == "baseline"
     for level in levels:
-        _native.cpu.set_isa(level)
-        assert _native.cpu.isa() == level
+        extensions.cpu.set_isa(level)
+        assert extensions.cpu.isa() == level

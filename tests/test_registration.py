@@ -350,6 +350,81 @@ CASES |= {
 }
 
 
+UNIFIED = [base(), torch.tensor([[[3], [0], [127], [64], [5]]] * 3, dtype=torch.uint8)]
+BYTES = UNIFIED[1].expand(3, 5, 2)
+
+CASES |= {
+    "elect": Case(
+        lambda: [
+            [deltas(), None, False, None],
+            [deltas(BF16), base(BF16), True, torch.float32],
+            [deltas(shape=(0, 3)), None, False, None],
+        ],
+        lambda: {
+            "dtype": ([[INTEGERS], None, False, None], r"deltas\[0\] must be a floating-point"),
+            "shape": ([deltas(), SHORT, False, None], r"deltas\[0\] has shape \[5, 7\]"),
+        },
+    ),
+    "masked_weighted_sum": Case(
+        lambda: [
+            [base(), *UNIFIED, lam(wants_grad=True), None],
+            [base(BF16), *UNIFIED, lam(), torch.float32],
+        ],
+        lambda: {
+            "dtype": ([INTEGERS, *UNIFIED, lam(), None], "base must be a floating-point tensor"),
+            "shape": ([base(), base(), BYTES, lam(), None], r"masks is torch.uint8 \[3, 5, 2\]"),
+        },
+    ),
+    "masked_coefficient_grad": Case(
+        lambda: [[base(), *UNIFIED], [base(BF16), *UNIFIED]],
+        lambda: {
+            "dtype": ([INTEGERS, *UNIFIED], "grad_weight must be a floating-point tensor"),
+            "shape": ([SHORT, *UNIFIED], r"unified is \[5, 7\]"),
+        },
+    ),
+    "masked_linear": Case(
+        lambda: [
+            [
+                x((2, 3, 7)).requires_grad_(),
+                base(),
+                *UNIFIED,
+                lam(wants_grad=True),
+                x((5,)).requires_grad_(),
+                False,
+            ],
+            [x((4, 5)), base(), *UNIFIED, lam(), None, True],
+            [x((4, 2, 7)), base(), *UNIFIED, lam(3, (4, 1), True), None, False],
+        ],
+        lambda: {
+            "dtype": (
+                [INTEGERS, base(), *UNIFIED, lam(), None, False],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [SHORT, base(), *UNIFIED, lam(), None, False],
+                r"x is \[5, 6\] on (cpu|meta), expected \[\.\.\., 7\]",
+            ),
+        },
+    ),
+    "masked_linear_backward": Case(
+        lambda: [
+            [x((4, 5)), x((4, 7)), base(), *UNIFIED, lam(), False, need_x, need_lam]
+            for need_x, need_lam in ((True, True), (True, False), (False, True))
+        ],
+        lambda: {
+            "dtype": (
+                [x((5, 5)), INTEGERS, base(), *UNIFIED, lam(), False, True, True],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [x((5, 4)), base(), base(), *UNIFIED, lam(), False, True, True],
+                r"grad is \[5, 4\] on (cpu|meta), expected \[5, 5\]",
+            ),
+        },
+    ),
+}
+
+
 def op(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.fastmerge, name).default
 

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -87,28 +88,42 @@ void coefficient_grad(const Addresses& grads, const Addresses& bases, const Addr
                               threads});
 }
 
-void combine_and_dot(uintptr_t base, const Addresses& deltas, uintptr_t coefficients,
-                     uintptr_t grad, uintptr_t out, uintptr_t dots, int64_t size, int64_t k,
-                     int base_dtype, int delta_dtype, int grad_dtype, int out_dtype, bool experts,
-                     uintptr_t scratch, int threads) {
-  expect_count("deltas", deltas.size(), k);
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
+// Where a kernel reads its task vectors, checked once. `owners` are the tensors at the addresses:
+// they live as long as this does.
+class TaskVectors {
+ public:
+  TaskVectors(uintptr_t base, const Addresses& deltas, int base_dtype, int delta_dtype,
+              bool experts, py::object owners)
+      : deltas_(pointers(deltas)), owners_(std::move(owners)) {
+    expect_dtype("base_dtype", base_dtype);
+    expect_dtype("delta_dtype", delta_dtype);
+    source_ = {pointer<const void>(base),
+               deltas_.data(),
+               int64_t(deltas_.size()),
+               base_dtype,
+               delta_dtype,
+               experts};
+  }
+  TaskVectors(const TaskVectors&) = delete;
+  TaskVectors& operator=(const TaskVectors&) = delete;
+
+  const fastmerge::cpu::Source& source() const { return source_; }
+
+ private:
+  std::vector<const void*> deltas_;
+  py::object owners_;
+  fastmerge::cpu::Source source_;
+};
+
+void combine_and_dot(const TaskVectors& taus, uintptr_t coefficients, uintptr_t grad, uintptr_t out,
+                     uintptr_t dots, int64_t size, int grad_dtype, int out_dtype, uintptr_t scratch,
+                     int threads) {
   expect_dtype("grad_dtype", grad_dtype);
   expect_dtype("out_dtype", out_dtype);
-  auto delta_pointers = pointers(deltas);
   py::gil_scoped_release release;
-  kernels().combine_and_dot(
-      {{pointer<const void>(base), delta_pointers.data(), k, base_dtype, delta_dtype, experts},
-       pointer<const float>(coefficients),
-       pointer<const void>(grad),
-       pointer<void>(out),
-       pointer<double>(dots),
-       pointer<double>(scratch),
-       size,
-       grad_dtype,
-       out_dtype,
-       threads});
+  kernels().combine_and_dot({taus.source(), pointer<const float>(coefficients),
+                             pointer<const void>(grad), pointer<void>(out), pointer<double>(dots),
+                             pointer<double>(scratch), size, grad_dtype, out_dtype, threads});
 }
 
 void magnitude_histogram(uintptr_t base, uintptr_t delta, int64_t size, int base_dtype,
@@ -133,156 +148,67 @@ void magnitude_bracket(uintptr_t base, uintptr_t delta, int64_t size, int base_d
                                delta_dtype, experts, threads});
 }
 
-void ties_merge(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t out,
-                uintptr_t stats, int64_t size, int base_dtype, int delta_dtype, int out_dtype,
-                bool experts, int merge, float scaling, int majority, bool add_base, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
+void ties_merge(const TaskVectors& taus, uintptr_t thresholds, uintptr_t out, uintptr_t stats,
+                int64_t size, int out_dtype, int merge, float scaling, int majority, bool add_base,
+                int threads) {
   expect_dtype("out_dtype", out_dtype);
   expect_merge(merge);
-  auto delta_pointers = pointers(deltas);
   py::gil_scoped_release release;
-  kernels().ties_merge({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                         base_dtype, delta_dtype, experts},
-                        pointer<const float>(thresholds),
-                        pointer<void>(out),
-                        pointer<int64_t>(stats),
-                        size,
-                        out_dtype,
-                        static_cast<fastmerge::cpu::Merge>(merge),
-                        scaling,
-                        majority,
-                        add_base,
+  kernels().ties_merge({taus.source(), pointer<const float>(thresholds), pointer<void>(out),
+                        pointer<int64_t>(stats), size, out_dtype,
+                        static_cast<fastmerge::cpu::Merge>(merge), scaling, majority, add_base,
                         threads});
 }
 
-void ties_masks(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t masks,
-                uintptr_t stats, int64_t size, int base_dtype, int delta_dtype, bool experts,
-                int majority, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void ties_masks(const TaskVectors& taus, uintptr_t thresholds, uintptr_t masks, uintptr_t stats,
+                int64_t size, int majority, int threads) {
   py::gil_scoped_release release;
-  kernels().ties_masks({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                         base_dtype, delta_dtype, experts},
-                        pointer<const float>(thresholds),
-                        pointer<uint8_t>(masks),
-                        pointer<int64_t>(stats),
-                        size,
-                        majority,
-                        threads});
+  kernels().ties_masks({taus.source(), pointer<const float>(thresholds), pointer<uint8_t>(masks),
+                        pointer<int64_t>(stats), size, majority, threads});
 }
 
-void magnitude_masks(uintptr_t base, const Addresses& deltas, uintptr_t values, uintptr_t indices,
-                     uintptr_t masks, int64_t size, int64_t offset, int base_dtype, int delta_dtype,
-                     bool experts, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void magnitude_masks(const TaskVectors& taus, uintptr_t values, uintptr_t indices, uintptr_t masks,
+                     int64_t size, int64_t offset, int threads) {
   py::gil_scoped_release release;
-  kernels().magnitude_masks({{pointer<const void>(base), delta_pointers.data(),
-                              int64_t(deltas.size()), base_dtype, delta_dtype, experts},
-                             pointer<const float>(values),
-                             pointer<const int64_t>(indices),
-                             pointer<uint8_t>(masks),
-                             size,
-                             offset,
+  kernels().magnitude_masks({taus.source(), pointer<const float>(values),
+                             pointer<const int64_t>(indices), pointer<uint8_t>(masks), size, offset,
                              threads});
 }
 
-void tie_counts(uintptr_t base, const Addresses& deltas, uintptr_t values, uintptr_t starts,
-                uintptr_t counts, int64_t size, int64_t offset, int64_t width, int64_t bins,
-                int base_dtype, int delta_dtype, bool experts, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void tie_counts(const TaskVectors& taus, uintptr_t values, uintptr_t starts, uintptr_t counts,
+                int64_t size, int64_t offset, int64_t width, int64_t bins, int threads) {
   py::gil_scoped_release release;
-  kernels().tie_counts({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                         base_dtype, delta_dtype, experts},
-                        pointer<const float>(values),
-                        pointer<const int64_t>(starts),
-                        pointer<int64_t>(counts),
-                        size,
-                        offset,
-                        width,
-                        bins,
-                        threads});
+  kernels().tie_counts({taus.source(), pointer<const float>(values), pointer<const int64_t>(starts),
+                        pointer<int64_t>(counts), size, offset, width, bins, threads});
 }
 
-void random_masks(uintptr_t base, const Addresses& deltas, uintptr_t thresholds, uintptr_t masks,
-                  uintptr_t scratch, uint64_t key, int64_t size, int64_t offset, int64_t width,
-                  int base_dtype, int delta_dtype, bool experts, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void random_masks(const TaskVectors& taus, uintptr_t thresholds, uintptr_t masks, uintptr_t scratch,
+                  uint64_t key, int64_t size, int64_t offset, int64_t width, int threads) {
   py::gil_scoped_release release;
-  kernels().random_masks({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                           base_dtype, delta_dtype, experts},
-                          pointer<const double>(thresholds),
-                          pointer<uint8_t>(masks),
-                          pointer<char>(scratch),
-                          key,
-                          size,
-                          offset,
-                          width,
-                          threads});
+  kernels().random_masks({taus.source(), pointer<const double>(thresholds), pointer<uint8_t>(masks),
+                          pointer<char>(scratch), key, size, offset, width, threads});
 }
 
-void masked_merge(uintptr_t base, const Addresses& deltas, uintptr_t masks, int64_t mask_stride,
-                  uintptr_t factors, uintptr_t out, int64_t size, int base_dtype, int delta_dtype,
-                  int out_dtype, bool experts, bool elect, bool normalize, bool add_base,
-                  float least, float scaling, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
+void masked_merge(const TaskVectors& taus, uintptr_t masks, int64_t mask_stride, uintptr_t factors,
+                  uintptr_t out, int64_t size, int out_dtype, bool elect, bool normalize,
+                  bool add_base, float least, float scaling, int threads) {
   expect_dtype("out_dtype", out_dtype);
-  auto delta_pointers = pointers(deltas);
   py::gil_scoped_release release;
-  kernels().masked_merge({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                           base_dtype, delta_dtype, experts},
-                          pointer<const uint8_t>(masks),
-                          mask_stride,
-                          pointer<const float>(factors),
-                          pointer<void>(out),
-                          size,
-                          out_dtype,
-                          elect,
-                          normalize,
-                          add_base,
-                          least,
-                          scaling,
-                          threads});
+  kernels().masked_merge({taus.source(), pointer<const uint8_t>(masks), mask_stride,
+                          pointer<const float>(factors), pointer<void>(out), size, out_dtype, elect,
+                          normalize, add_base, least, scaling, threads});
 }
 
-void masked_sums(uintptr_t base, const Addresses& deltas, uintptr_t masks, int64_t mask_stride,
-                 uintptr_t sums, int64_t size, int64_t width, int base_dtype, int delta_dtype,
-                 bool experts, bool square, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void masked_sums(const TaskVectors& taus, uintptr_t masks, int64_t mask_stride, uintptr_t sums,
+                 int64_t size, int64_t width, bool square, int threads) {
   py::gil_scoped_release release;
-  kernels().masked_sums({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                          base_dtype, delta_dtype, experts},
-                         pointer<const uint8_t>(masks),
-                         mask_stride,
-                         pointer<double>(sums),
-                         size,
-                         width,
-                         square,
-                         threads});
+  kernels().masked_sums({taus.source(), pointer<const uint8_t>(masks), mask_stride,
+                         pointer<double>(sums), size, width, square, threads});
 }
 
-void row_gram(uintptr_t base, const Addresses& deltas, uintptr_t gram, int64_t size, int64_t width,
-              int base_dtype, int delta_dtype, bool experts, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void row_gram(const TaskVectors& taus, uintptr_t gram, int64_t size, int64_t width, int threads) {
   py::gil_scoped_release release;
-  kernels().row_gram({{pointer<const void>(base), delta_pointers.data(), int64_t(deltas.size()),
-                       base_dtype, delta_dtype, experts},
-                      pointer<double>(gram),
-                      size,
-                      width,
-                      threads});
+  kernels().row_gram({taus.source(), pointer<double>(gram), size, width, threads});
 }
 
 void exact_sums(uintptr_t values, uintptr_t limbs, int64_t rows, int64_t columns) {
@@ -290,17 +216,9 @@ void exact_sums(uintptr_t values, uintptr_t limbs, int64_t rows, int64_t columns
   kernels().exact_sums({pointer<const double>(values), pointer<int64_t>(limbs), rows, columns});
 }
 
-void task_variance(uintptr_t base, const Addresses& deltas, uintptr_t out, int64_t size,
-                   int base_dtype, int delta_dtype, bool experts, int threads) {
-  expect_dtype("base_dtype", base_dtype);
-  expect_dtype("delta_dtype", delta_dtype);
-  auto delta_pointers = pointers(deltas);
+void task_variance(const TaskVectors& taus, uintptr_t out, int64_t size, int threads) {
   py::gil_scoped_release release;
-  kernels().task_variance({{pointer<const void>(base), delta_pointers.data(),
-                            int64_t(deltas.size()), base_dtype, delta_dtype, experts},
-                           pointer<float>(out),
-                           size,
-                           threads});
+  kernels().task_variance({taus.source(), pointer<float>(out), size, threads});
 }
 
 void softmax_entropy(uintptr_t logits, uintptr_t entropy, uintptr_t lse, int64_t rows, int64_t cols,
@@ -354,6 +272,10 @@ void advise_huge_pages(uintptr_t address, int64_t bytes) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels; pointers are integers, dtypes are 0 fp32, 1 fp16, 2 bf16.";
+  py::class_<TaskVectors>(m, "TaskVectors")
+      .def(py::init<uintptr_t, const Addresses&, int, int, bool, py::object>(), py::arg("base"),
+           py::arg("deltas"), py::arg("base_dtype"), py::arg("delta_dtype"), py::arg("experts"),
+           py::arg("owners"));
   m.def("scratch_doubles", &scratch_doubles, py::arg("size"), py::arg("k"),
         "fp64 entries of scratch that a reduction over K deltas of `size` elements needs.");
   m.def("weighted_sum", &weighted_sum);

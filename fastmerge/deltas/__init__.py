@@ -2,6 +2,7 @@
 
 from ._format import Deltas, OwnOperations, Stored
 from .low_rank import LowRank
+from .masked import Masked
 from .stored import Dense, Experts
 
-__all__ = ["Deltas", "Dense", "Experts", "LowRank", "OwnOperations", "Stored"]
+__all__ = ["Deltas", "Dense", "Experts", "LowRank", "Masked", "OwnOperations", "Stored"]

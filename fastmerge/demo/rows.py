@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 import fastmerge as fm
 
@@ -21,6 +22,7 @@ from ..report import LABELS, Curve
 from .evaluate import accuracies, accuracy, embed
 from .measure import Cost, measured
 from .model import INCLUDE, Encoder
+from .serving import MixedBatch, milliseconds, stored_bytes
 from .settings import Settings
 from .tasks import Split, TaskData
 
@@ -79,6 +81,24 @@ class Bench:
         """Accuracy in percent of the encoder with these merged parameters, on the scored rows."""
         with self.holding(state) as encoder:
             return accuracies(encoder, self.heads, self.scored)
+
+    @cached_property
+    def mixed(self) -> MixedBatch:
+        return MixedBatch.of(self.scored, self.settings.mixed_rows)
+
+    @cached_property
+    def unmerged_bytes(self) -> int:
+        """Bytes of the parameters that every way of merging shares."""
+        return stored_bytes(dict(self.encoder.named_parameters())) - stored_bytes(self.base)
+
+    def serving(self, run: Callable[[], object], merged_bytes: int) -> dict[str, float]:
+        """stored_mib and batch_ms of a row whose merged parameters take so many bytes."""
+        stored = self.unmerged_bytes + merged_bytes
+        return {"stored_mib": stored / 2**20, "batch_ms": milliseconds(run)}
+
+    def serving_one_model(self) -> dict[str, float]:
+        """The same for the encoder as it is."""
+        return self.serving(lambda: self.encoder(self.mixed.ids), stored_bytes(self.base))
 
 
 class Adaptation:
@@ -171,7 +191,7 @@ def pretrained(bench: Bench) -> Row:
     """The base model with its zero-shot heads."""
     with measured() as cost, cost.paused():
         result = bench.score(bench.base)
-    return Row(_row(bench, "pretrained", result, cost))
+    return Row(_row(bench, "pretrained", result, cost, **bench.serving_one_model()))
 
 
 def individual(bench: Bench) -> Row:
@@ -181,17 +201,24 @@ def individual(bench: Bench) -> Row:
         for name, state in bench.experts.items():
             with bench.holding(state) as encoder:
                 result[name] = accuracy(encoder, bench.heads[name], bench.scored[name])
-    return Row(_row(bench, "individual", result, cost))
+
+    def serve() -> None:
+        for name, state in bench.experts.items():
+            functional_call(bench.encoder, state, (bench.mixed.of_task(name),))
+
+    serving = bench.serving(serve, sum(map(stored_bytes, bench.experts.values())))
+    return Row(_row(bench, "individual", result, cost, **serving))
 
 
 def static(bench: Bench, method: str, **parameters: Any) -> Row:
     """A merge without learning, with the paper's parameters."""
     with measured() as cost:
         state = fm.merge(bench.base, bench.experts, method=method, **parameters)
-        with cost.paused():
-            result = bench.score(state)
+        with cost.paused(), bench.holding(state) as encoder:
+            result = accuracies(encoder, bench.heads, bench.scored)
+            serving = bench.serving_one_model()
     more = {"scaling": parameters["scaling"]} if "scaling" in parameters else {}
-    return Row(_row(bench, method, result, cost, **more))
+    return Row(_row(bench, method, result, cost, **more, **serving))
 
 
 def tuned(bench: Bench, method: str) -> Row:
@@ -223,10 +250,11 @@ def tuned(bench: Bench, method: str) -> Row:
             fm.remerge_(encoder, torch.full((len(experts),), best))
             with cost.paused():
                 result = accuracies(encoder, bench.heads, bench.scored)
+                serving = bench.serving_one_model()
         finally:
             fm.detach(encoder)
     cost.seconds += adaptation.expert_cost.seconds
-    more = {"scaling": best, "objective": settings.tune_objective}
+    more = {"scaling": best, "objective": settings.tune_objective, **serving}
     return Row(_row(bench, f"{method}_tuned", result, cost, **more))
 
 
@@ -267,12 +295,13 @@ def learned(
             fm.materialize(encoder)
             with cost.paused():
                 result = accuracies(encoder, bench.heads, bench.scored)
+                serving = bench.serving_one_model()
         finally:
             fm.detach(encoder)
     if objective == "kl":
         cost.seconds += adaptation.expert_cost.seconds
     collapses = [str(w.message) for w in caught if issubclass(w.category, CollapseWarning)]
-    more = {"objective": objective} | ({"warnings": collapses} if collapses else {})
+    more = {"objective": objective, **serving} | ({"warnings": collapses} if collapses else {})
     return Row(
         _row(bench, method, result, cost, protocol, **more),
         Curve(LABELS[method], history.entropy, history.evaluations),

@@ -157,6 +157,8 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
         f"{settings.tune_rows} of the same adapt rows a task.",
         "KL: learned by divergence from the experts' predictions instead of by entropy.",
         "seconds: merging or learning, scoring left out; MiB: the process's peak memory meanwhile.",
+        "stored: MiB of weights that serve all tasks; ms: a forward pass of "
+        f"{settings.mixed_rows} rows of each task in one batch.",
         f"Best learned {best_learned['average']:.1f} ({report.label(best_learned)}), best static "
         f"{best_static['average']:.1f} ({report.label(best_static)}).",
     ]

@@ -56,6 +56,8 @@ class Settings:
     ties_grid: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8)
     tune_objective: str = "kl"
 
+    mixed_rows: int = 8  # rows of each task in the batch whose time is measured
+
     curve_every: int = 20
     curve_rows: int = 40  # scored rows of each task in the curves; for display, nothing reads them
 

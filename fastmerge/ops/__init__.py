@@ -2,11 +2,14 @@
 
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
+from .elect import Elected, elect
 from .lowrank_linear import lowrank_linear
 from .magnitude_bracket import magnitude_bracket
 from .magnitude_masks import magnitude_masks, tie_counts
 from .magnitude_threshold import magnitude_threshold
+from .masked_linear import masked_linear
 from .masked_merge import masked_merge, masked_sums
+from .masked_weighted_sum import masked_coefficient_grad, masked_weighted_sum
 from .merged_linear import merged_linear
 from .random_masks import random_key, random_masks
 from .row_gram import exact_sums, exact_value, row_gram
@@ -16,16 +19,21 @@ from .ties import ties_masks, ties_merge
 from .weighted_sum import weighted_sum
 
 __all__ = [
+    "Elected",
     "coefficient_grad",
     "combine_and_dot",
+    "elect",
     "exact_sums",
     "exact_value",
     "lowrank_linear",
     "magnitude_bracket",
     "magnitude_masks",
     "magnitude_threshold",
+    "masked_coefficient_grad",
+    "masked_linear",
     "masked_merge",
     "masked_sums",
+    "masked_weighted_sum",
     "merged_linear",
     "random_key",
     "random_masks",

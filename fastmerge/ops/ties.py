@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._native import fresh
+from .._native.memory import fresh
 from ..backends import native_kernels
 from ._bits import pack_bits
 from ._library import (

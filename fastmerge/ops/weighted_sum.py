@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._native import fresh
+from .._native.memory import fresh
 from ..backends import native_kernels
 from ._library import (
     accumulate_dtype,

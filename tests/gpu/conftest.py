@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastmerge import _native, _native_cuda
+from fastmerge import _native
+from fastmerge._native import cuda, extensions
 
 from .emulated import build
 
@@ -37,9 +38,7 @@ def cuda_reason() -> str:
     """Why no CUDA device can be tested; empty if one can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _native.cuda_unavailable_reason() or _native_cuda.unavailable_reason(
-        torch.device("cuda", 0)
-    )
+    return _native.cuda_unavailable_reason() or cuda.unavailable_reason(torch.device("cuda", 0))
 
 
 @pytest.fixture
@@ -52,19 +51,19 @@ def cuda_device() -> torch.device:
 
 @pytest.fixture(params=["emulated", "emulated-reverse", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Device of the tensors; the functions of `_native_cuda` then take them."""
+    """Device of the tensors; the functions of `_native.cuda` then take them."""
     if request.param == "cuda":
         return request.getfixturevalue("cuda_device")
     extension = request.getfixturevalue("emulated_extension")
     monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", request.param.partition("-")[2])
-    monkeypatch.setattr(_native_cuda, "cuda", extension)
-    monkeypatch.setattr(_native_cuda, "_multiprocessors", lambda index: 1)
+    monkeypatch.setattr(extensions, "cuda", extension)
+    monkeypatch.setattr(cuda.calls, "multiprocessors", lambda index: 1)
 
     def place(tensor: torch.Tensor):
-        return extension.Place(0, _native_cuda._multiprocessors(0), 0)
+        return extension.Place(0, cuda.calls.multiprocessors(0), 0)
 
-    monkeypatch.setattr(_native_cuda, "_place", place)
-    monkeypatch.setattr(_native, "for_device", lambda device: (_native_cuda, ""))
+    monkeypatch.setattr(cuda.calls, "place", place)
+    monkeypatch.setattr(_native, "for_device", lambda device: (cuda, ""))
     return torch.device("cpu")
 
 

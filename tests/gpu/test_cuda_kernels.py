@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastmerge import _native, _native_cuda
+from fastmerge import _native
+from fastmerge._native import cpu, cuda, extensions
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())
 
@@ -81,9 +82,9 @@ def test_streaming(device, size: int, experts: bool) -> None:
             continue
         dtype, offset = DTYPES[(index + size) % 3], index % 2
         case = Case(size, count, dtype, dtype)
-        expected = run_streaming(_native, case, dtype, experts, "cpu")
+        expected = run_streaming(cpu, case, dtype, experts, "cpu")
         moved = case.on(device, offset)
-        found = run_streaming(_native_cuda, moved, dtype, experts, device, offset)
+        found = run_streaming(cuda, moved, dtype, experts, device, offset)
         for f, e in zip(found, expected, strict=True):
             same_bytes(f, e)
 
@@ -94,13 +95,13 @@ def test_order_of_additions(device, dtype) -> None:
     case = Case(60_000, 3, dtype, dtype)
     exponents = torch.randint(-45, 45, (60_000,), generator=torch.Generator().manual_seed(9))
     case.grad *= torch.exp2(exponents.float())
-    expected = run_streaming(_native, case, dtype, False, "cpu")
-    shuffled = _native.coefficient_grad(
+    expected = run_streaming(cpu, case, dtype, False, "cpu")
+    shuffled = cpu.coefficient_grad(
         [case.grad.flip(0)], None, [[delta.flip(0) for delta in case.deltas]]
     )
     assert (shuffled[0] != expected[1]).all()
     for offset in (0, 1):
-        found = run_streaming(_native_cuda, case.on(device, offset), dtype, False, device, offset)
+        found = run_streaming(cuda, case.on(device, offset), dtype, False, device, offset)
         for f, e in zip(found, expected, strict=True):
             same_bytes(f, e)
 
@@ -111,8 +112,8 @@ def test_order_of_additions(device, dtype) -> None:
 def test_dtype_mixes(device, base_dtype, delta_dtype, experts: bool) -> None:
     for out_dtype, grad_dtype in itertools.product(DTYPES, repeat=2):
         case = Case(1032, 3, base_dtype, delta_dtype, grad_dtype)
-        expected = run_streaming(_native, case, out_dtype, experts, "cpu")
-        found = run_streaming(_native_cuda, case.on(device), out_dtype, experts, device)
+        expected = run_streaming(cpu, case, out_dtype, experts, "cpu")
+        found = run_streaming(cuda, case.on(device), out_dtype, experts, device)
         for f, e in zip(found, expected, strict=True):
             same_bytes(f, e)
 
@@ -123,7 +124,7 @@ def test_lists_longer_than_a_table(device, dtype, count: int) -> None:
     sizes = [(5, 0, 9000, 64, 768, 1, 333)[i % 7] for i in range(75 if count == 3 else 14)]
     cases = [Case(size, count, dtype, dtype, dtype, seed=i) for i, size in enumerate(sizes)]
     results = []
-    for kernels, where in ((_native, "cpu"), (_native_cuda, device)):
+    for kernels, where in ((cpu, "cpu"), (cuda, device)):
         moved = [case.on(where) for case in cases]
         bases, deltas = [c.base for c in moved], [c.deltas for c in moved]
         outs = [poisoned(size, dtype, where) for size in sizes]
@@ -135,11 +136,11 @@ def test_lists_longer_than_a_table(device, dtype, count: int) -> None:
 
 
 def test_no_tensors_and_no_deltas(device) -> None:
-    _native_cuda.weighted_sum([], [], torch.empty(0, 1, device=device), [])
+    cuda.weighted_sum([], [], torch.empty(0, 1, device=device), [])
     for dtype in DTYPES:
         case = Case(1000, 0, dtype, dtype)
-        expected = run_streaming(_native, case, dtype, False, "cpu")
-        found = run_streaming(_native_cuda, case.on(device), dtype, False, device)
+        expected = run_streaming(cpu, case, dtype, False, "cpu")
+        found = run_streaming(cuda, case.on(device), dtype, False, device)
         for f, e in zip(found, expected, strict=True):
             same_bytes(f, e)
 
@@ -148,15 +149,13 @@ def test_no_tensors_and_no_deltas(device) -> None:
 @pytest.mark.parametrize("experts", [False, True])
 def test_in_place(device, experts: bool, count: int) -> None:
     case = Case(20000, count, torch.bfloat16, torch.bfloat16)
-    out, dots, *_ = run_streaming(_native, case, torch.bfloat16, experts, "cpu")
+    out, dots, *_ = run_streaming(cpu, case, torch.bfloat16, experts, "cpu")
     moved = case.on(device)
     arguments = (moved.deltas, moved.coefficients, moved.grad, moved.base, experts)
-    same_bytes(_native_cuda.combine_and_dot(moved.base, *arguments), dots)
+    same_bytes(cuda.combine_and_dot(moved.base, *arguments), dots)
     same_bytes(moved.base, out)
     moved = case.on(device)
-    _native_cuda.weighted_sum(
-        [moved.base], [moved.deltas], moved.coefficients[None], [moved.base], experts
-    )
+    cuda.weighted_sum([moved.base], [moved.deltas], moved.coefficients[None], [moved.base], experts)
     same_bytes(moved.base, out)
 
 
@@ -164,8 +163,8 @@ def test_deltas_of_different_dtypes_are_widened(device) -> None:
     case = Case(1000, 0, torch.float32, torch.float32)
     case.deltas = [random_tensor(1000, dtype, 1) for dtype in DTYPES]
     case.coefficients = random_tensor(3, torch.float32, 2)
-    expected = run_streaming(_native, case, torch.float32, True, "cpu")
-    found = run_streaming(_native_cuda, case.on(device), torch.float32, True, device)
+    expected = run_streaming(cpu, case, torch.float32, True, "cpu")
+    found = run_streaming(cuda, case.on(device), torch.float32, True, device)
     for f, e in zip(found, expected, strict=True):
         same_bytes(f, e)
 
@@ -177,8 +176,8 @@ def test_special_values(device, dtype) -> None:
     case.base, case.deltas = pairs[:, 0].contiguous(), [pairs[:, 1].contiguous()]
     case.coefficients, case.grad = torch.tensor([1.0]), torch.ones(len(pairs))
     for experts, out_dtype in itertools.product([False, True], DTYPES):
-        expected = run_streaming(_native, case, out_dtype, experts, "cpu")
-        found = run_streaming(_native_cuda, case.on(device), out_dtype, experts, device)
+        expected = run_streaming(cpu, case, out_dtype, experts, "cpu")
+        found = run_streaming(cuda, case.on(device), out_dtype, experts, device)
         for f, e in zip(found, expected, strict=True):
             same_bytes(f, e)
 
@@ -188,8 +187,8 @@ def test_special_values(device, dtype) -> None:
 def test_conversions_of_every_16_bit_pattern(device, source, target) -> None:
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(source)
     out, expected = poisoned(2**16, target, device), poisoned(2**16, target, "cpu")
-    _native.weighted_sum([values], [[]], torch.empty(1, 0), [expected])
-    _native_cuda.weighted_sum([values.to(device)], [[]], torch.empty(1, 0, device=device), [out])
+    cpu.weighted_sum([values], [[]], torch.empty(1, 0), [expected])
+    cuda.weighted_sum([values.to(device)], [[]], torch.empty(1, 0, device=device), [out])
     same_bytes(out, expected)
 
 
@@ -203,7 +202,7 @@ def test_rounding_to_16_bits(device, target) -> None:
     )
     values = torch.cat([patterns, near.flatten()]).view(torch.float32)
     results = []
-    for kernels, where in ((_native, "cpu"), (_native_cuda, device)):
+    for kernels, where in ((cpu, "cpu"), (cuda, device)):
         out = poisoned(values.numel(), target, where)
         kernels.weighted_sum([values.to(where)], [[]], torch.empty(1, 0, device=where), [out])
         results.append(out)
@@ -229,10 +228,10 @@ def test_magnitude_histogram(device, size: int, dtype, experts: bool) -> None:
     tau = delta.float() - base.float() if experts else delta.float()
     for index in (0, size // 2, size - 1) if size else (0,):
         prefix = int(tau.abs().view(torch.int32)[index]) >> 15 if size else 0
-        expected = histograms(_native, base, delta, prefix, experts, "cpu")
+        expected = histograms(cpu, base, delta, prefix, experts, "cpu")
         for offset in (0, 1):
             b, d = to(device, [base, delta], offset)
-            same_bytes(histograms(_native_cuda, b, d, prefix, experts, device), expected)
+            same_bytes(histograms(cuda, b, d, prefix, experts, device), expected)
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -246,11 +245,11 @@ def test_magnitude_threshold_is_the_sorted_value(device, dtype, experts: bool) -
     order = tau.abs().sort().values  # NaN last
     moved = to(device, tensors), to(device, bases) if experts else [None] * len(sizes)
     for position in (1, 2, 700, 4999, order.numel() - 2, order.numel()):
-        found = _native_cuda.magnitude_threshold(*moved, position)
+        found = cuda.magnitude_threshold(*moved, position)
         assert found.shape == () and found.dtype == torch.float32
         torch.testing.assert_close(found.cpu(), order[position - 1], rtol=0, atol=0, equal_nan=True)
     empty = torch.empty(0, dtype=dtype, device=device)
-    assert _native_cuda.magnitude_threshold([empty], [None], 1).item() == 0
+    assert cuda.magnitude_threshold([empty], [None], 1).item() == 0
 
 
 def run_ties(kernels, case, thresholds, device, out_dtype, experts, offset=0, **options):
@@ -286,11 +285,11 @@ def test_ties(device, size: int, mode: int, experts: bool) -> None:
             delta[5:13] = torch.tensor(SPECIAL).roll(k)[: max(0, size - 5)].to(dtype)
         thresholds = torch.rand(count, generator=torch.Generator().manual_seed(index)) * 2
         options = {"mode": mode, "scaling": 0.3, "majority": majority, "add_base": index % 2 == 0}
-        expected = run_ties(_native, case, thresholds, "cpu", out_dtype, experts, **options)
+        expected = run_ties(cpu, case, thresholds, "cpu", out_dtype, experts, **options)
         assert size < 1000 or count == 1 or expected[1][1] > 0
         offset = index % 2
         found = run_ties(
-            _native_cuda,
+            cuda,
             case.on(device, offset),
             thresholds.to(device),
             device,
@@ -336,7 +335,7 @@ def test_ties_finds_its_own_majority(device, mode: int, experts: bool, votes: st
         thresholds = torch.full((count,), 0.5)
         options = {"mode": mode, "scaling": 0.3, "add_base": True}
         arguments = (thresholds, "cpu", dtype, experts)
-        given = {s: run_ties(_native, case, *arguments, majority=s, **options) for s in (-1, 0, 1)}
+        given = {s: run_ties(cpu, case, *arguments, majority=s, **options) for s in (-1, 0, 1)}
         expected, stats = given[sign], given[sign][1].tolist()
         if size:
             assert (stats[1] > 0) == (votes != "none")
@@ -345,10 +344,10 @@ def test_ties_finds_its_own_majority(device, mode: int, experts: bool, votes: st
         moved = case.on(device, offset)
         rest = (thresholds.to(device), device, dtype, experts, offset)
         for _ in range(2):
-            found = run_ties(_native_cuda, moved, *rest, majority=None, **options)
+            found = run_ties(cuda, moved, *rest, majority=None, **options)
             for f, e in zip(found, expected, strict=True):
                 same_bytes(f, e)
-        elected = _native_cuda.ties_merge(
+        elected = cuda.ties_merge(
             moved.base, moved.deltas, rest[0], moved.base, experts=experts, majority=None, **options
         )
         same_bytes(moved.base, expected[0])
@@ -362,12 +361,12 @@ def test_same_bytes_for_every_grid(device, dtype, monkeypatch) -> None:
     options = {"mode": 0, "scaling": 0.3, "majority": 1, "add_base": True}
     first = None
     for multiprocessors in (1, 2, 5, 1000):
-        monkeypatch.setattr(_native_cuda, "_multiprocessors", lambda index, n=multiprocessors: n)
+        monkeypatch.setattr(cuda.calls, "multiprocessors", lambda index, n=multiprocessors: n)
         moved = case.on(device)
         results = [
-            *run_streaming(_native_cuda, moved, dtype, True, device),
-            *run_ties(_native_cuda, moved, thresholds.to(device), device, dtype, True, **options),
-            histograms(_native_cuda, moved.base, moved.deltas[0], 32512, True, device),
+            *run_streaming(cuda, moved, dtype, True, device),
+            *run_ties(cuda, moved, thresholds.to(device), device, dtype, True, **options),
+            histograms(cuda, moved.base, moved.deltas[0], 32512, True, device),
         ]
         first = first or results
         for f, e in zip(results, first, strict=True):
@@ -375,14 +374,14 @@ def test_same_bytes_for_every_grid(device, dtype, monkeypatch) -> None:
 
 
 def test_too_many_deltas_are_refused(device) -> None:
-    limit = _native_cuda.cuda.max_deltas
+    limit = extensions.cuda.max_deltas
     case = Case(8, limit, torch.float32, torch.float32)
-    expected = run_streaming(_native, case, torch.float32, True, "cpu")
-    found = run_streaming(_native_cuda, case.on(device), torch.float32, True, device)
+    expected = run_streaming(cpu, case, torch.float32, True, "cpu")
+    found = run_streaming(cuda, case.on(device), torch.float32, True, device)
     for f, e in zip(found, expected, strict=True):
         same_bytes(f, e)
     moved = Case(8, limit + 1, torch.float32, torch.float32).on(device)
     with pytest.raises(ValueError, match=f"at most {limit} per tensor, found {limit + 1}"):
-        run_streaming(_native_cuda, moved, torch.float32, True, device)
+        run_streaming(cuda, moved, torch.float32, True, device)
     with pytest.raises(ValueError, match="deltas: the CUDA kernels take at most"):
-        _native_cuda.ties_merge(None, moved.deltas, moved.coefficients, moved.grad)
+        cuda.ties_merge(None, moved.deltas, moved.coefficients, moved.grad)

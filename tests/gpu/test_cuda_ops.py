@@ -7,7 +7,8 @@ import torch
 
 import fastmerge
 import fastmerge.ops
-from fastmerge import _native, _native_cuda
+from fastmerge import _native
+from fastmerge._native import cpu, cuda
 
 from .test_cuda_kernels import Case, random_tensor, run_streaming, same_bytes
 
@@ -85,15 +86,15 @@ def test_work_runs_on_the_current_stream(cuda_device) -> None:
     stream.wait_stream(torch.cuda.current_stream(cuda_device))
     with torch.cuda.stream(stream):
         # Memory and code are there before anything is timed.
-        run_streaming(_native_cuda, moved, torch.bfloat16, True, cuda_device)
+        run_streaming(cuda, moved, torch.bfloat16, True, cuda_device)
         torch.cuda._sleep(50_000_000)  # work on another stream would be done long before this
         moved.base.neg_()
-        found = run_streaming(_native_cuda, moved, torch.bfloat16, True, cuda_device)
+        found = run_streaming(cuda, moved, torch.bfloat16, True, cuda_device)
         busy = not stream.query()
     assert busy, "a launch waited for the device"
     stream.synchronize()
     case.base.neg_()
-    expected = run_streaming(_native, case, torch.bfloat16, True, "cpu")
+    expected = run_streaming(cpu, case, torch.bfloat16, True, "cpu")
     for f, e in zip(found, expected, strict=True):
         same_bytes(f, e)
 
@@ -110,13 +111,11 @@ def test_graph_capture_and_replay(cuda_device) -> None:
     grads = [c.grad for c in moved]
 
     def work():
-        _native_cuda.weighted_sum(bases, deltas, coefficients, outs, True)
+        cuda.weighted_sum(bases, deltas, coefficients, outs, True)
         return (
-            _native_cuda.coefficient_grad(grads, bases, deltas),
-            _native_cuda.ties_merge(
-                bases[0], deltas[0], thresholds, merged, experts=True, add_base=True
-            ),
-            _native_cuda.magnitude_threshold(deltas[0], bases[:1] * 8, 700),
+            cuda.coefficient_grad(grads, bases, deltas),
+            cuda.ties_merge(bases[0], deltas[0], thresholds, merged, experts=True, add_base=True),
+            cuda.magnitude_threshold(deltas[0], bases[:1] * 8, 700),
             fastmerge.ops.ties_merge(deltas[0], density=0.4, base=bases[0]),
             fastmerge.ops.ties_masks(deltas[0], thresholds=thresholds),
         )
@@ -141,9 +140,9 @@ def test_a_device_that_is_not_current(cuda_device) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
     case = Case(5000, 3, torch.float32, torch.float32)
-    expected = run_streaming(_native, case, torch.float32, True, "cpu")
+    expected = run_streaming(cpu, case, torch.float32, True, "cpu")
     other = torch.device("cuda", 1)
-    found = run_streaming(_native_cuda, case.on(other), torch.float32, True, other)
+    found = run_streaming(cuda, case.on(other), torch.float32, True, other)
     assert torch.cuda.current_device() == 0
     for f, e in zip(found, expected, strict=True):
         same_bytes(f, e)
@@ -155,9 +154,9 @@ def test_more_entries_than_32_bits_count(cuda_device) -> None:
     base = torch.zeros(size, dtype=torch.bfloat16, device=cuda_device)
     delta = torch.ones(size, dtype=torch.bfloat16, device=cuda_device)
     one = torch.ones(1, 1, device=cuda_device)
-    _native_cuda.weighted_sum([base], [[delta]], one, [base])
+    cuda.weighted_sum([base], [[delta]], one, [base])
     assert base[-8:].eq(1).all() and base[:8].eq(1).all() and base.sum(dtype=torch.float64) == size
-    assert _native_cuda.coefficient_grad([base], None, [[delta]]).item() == size
+    assert cuda.coefficient_grad([base], None, [[delta]]).item() == size
     counts = torch.zeros(65536, dtype=torch.int64, device=cuda_device)
-    _native_cuda.magnitude_histogram(None, delta, 0, 0, counts)
+    cuda.magnitude_histogram(None, delta, 0, 0, counts)
     assert counts.sum().item() == counts[127 << 8].item() == size

@@ -67,13 +67,13 @@ def test_unsupported_dtype(op):
 
 
 def test_ops_without_a_cuda_kernel_say_so_where_native_is_forced(monkeypatch):
-    from fastmerge import _native, _native_cuda, backends
+    from fastmerge import _native, backends
 
-    monkeypatch.setattr(_native, "for_device", lambda device: (_native_cuda, ""))
+    monkeypatch.setattr(_native, "for_device", lambda device: (_native.cuda, ""))
     values = arguments(FakeTensorMode())["x"]
     for op in ("magnitude_masks", "random_masks", "masked_merge", "row_gram", "task_variance"):
         assert backends.native_kernels(op, values) is None
         with backends.use_backend("native"):
             with pytest.raises(RuntimeError, match=f"{op}: the native .* it has no cuda kernel"):
                 backends.native_kernels(op, values)
-    assert backends.native_kernels("weighted_sum", values) is _native_cuda
+    assert backends.native_kernels("weighted_sum", values) is _native.cuda
