@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= .demo
+# A process for each core. Tests that share something are marked as one xdist_group.
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
 .PHONY: demo demo-quick results test sanitize gpu lint format clean
@@ -16,7 +18,7 @@ demo-quick: $(VENV)/demo $(DATA)/wheels
 	$(BIN)/fastmerge demo --data $(DATA) --quick
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 # Everything that benches/results holds, and the README's tables from it: about an hour.
 results: $(VENV)/test $(DATA)/wheels
@@ -25,7 +27,7 @@ results: $(VENV)/test $(DATA)/wheels
 	$(BIN)/python tools/readme_tables.py
 
 sanitize: $(VENV)/test
-	$(BIN)/python tools/sanitize.py
+	$(BIN)/python tools/sanitize.py $(PARALLEL)
 
 gpu: $(VENV)/test
 	PATH="$(abspath $(BIN)):$$PATH" benches/gpu_check.sh
@@ -57,11 +59,12 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[test]"
 	$(BIN)/python -c "import triton" 2>/dev/null \
-		|| $(BIN)/pip install --quiet --no-deps triton==3.6.0 \
+		|| $(BIN)/pip install --quiet --no-compile --no-deps triton==3.6.0 \
 		|| echo "no triton for this platform: the tests of the Triton kernels are skipped"
-	$(BIN)/pip install --quiet --no-deps timm==1.0.31 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth \
+	$(BIN)/pip install --quiet --no-compile --no-deps \
+		timm==1.0.31 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth \
 		|| echo "no timm and open_clip: the tests of their models are skipped"
 	$(BIN)/fastmerge info
 	touch $@

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads must not starve a busy machine
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core
 
 import pytest
 import torch
@@ -32,6 +34,12 @@ def _poisoning(allocate: Callable) -> Callable:
         return _poison(tensor) if caller.partition(".")[0] == "fastmerge" else tensor
 
     return wrapper
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

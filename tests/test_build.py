@@ -140,6 +140,7 @@ def test_no_torch_symbols(module: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.xdist_group("build folder")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm not found")
 def test_levels_share_no_weak_kernel_symbols(native_build) -> None:
     """A function shared between levels could carry one level's instructions into another."""
@@ -219,6 +220,7 @@ def test_build_info_round_trip(native_build, tmp_path: Path) -> None:
 
 
 @needs_source
+@pytest.mark.xdist_group("build folder")
 def test_isolated_wheel(tmp_path: Path) -> None:
     """`pip wheel .` in an isolated environment without torch gives a complete wheel."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), "."]

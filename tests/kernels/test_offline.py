@@ -21,7 +21,10 @@ from fastmerge.kernels import (
 
 from . import cases, offline
 
-pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="kernels loaded for the interpreter")
+pytestmark = [
+    pytest.mark.skipif(launching.INTERPRETED, reason="kernels loaded for the interpreter"),
+    pytest.mark.xdist_group("offline"),  # they share what is compiled once
+]
 PINNED = triton.__version__ == "3.6.0"
 CASES = {case.name: case for case in [*cases.cases(), *cases.sample()]}
 # Tiles that feed a matrix instruction; fp32 without tf32 has none.
