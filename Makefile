@@ -23,7 +23,10 @@ test: $(VENV)/test
 # Everything that benches/results holds, and the README's tables from it: about an hour.
 results: $(VENV)/test $(DATA)/wheels
 	$(BIN)/fastmerge bench --device cpu
-	$(BIN)/fastmerge demo --data $(DATA) --full --seeds 3 --json benches/results/demo.json
+	for seed in 0 1 2; do \
+		$(BIN)/fastmerge demo --data $(DATA) --full --seed $$seed --json $(DATA)/seed$$seed.json || exit 1; \
+	done
+	$(BIN)/python tools/join_seeds.py benches/results/demo.json $(DATA)/seed[0-2].json
 	$(BIN)/python tools/readme_tables.py
 
 sanitize: $(VENV)/test

@@ -11,12 +11,14 @@ import torch
 from rich.console import Console
 
 import fastmerge as fm
+from fastmerge import report
 from fastmerge.demo import evaluate, experts, measure, rows, run
 from fastmerge.demo.data import DemoDataError
 from fastmerge.demo.model import head, merged_names, merged_state
 from fastmerge.demo.serving import stored_bytes
 from fastmerge.demo.settings import Settings
 from fastmerge.demo.tasks import Split, Task
+from tools.join_seeds import joined
 
 from .demo_parts import SETTINGS, random_head, random_task, shifted, small_encoder, word_tokenizer
 
@@ -283,6 +285,20 @@ def test_default_run_leaves_out_what_full_adds(bench):
     records = [row.record for row in run.run_rows(bench, False, Console(file=io.StringIO()))]
     assert len(records) == 9
     assert {record["protocol"] for record in records} == {"strict"}
+
+
+def test_runs_of_single_seeds_join(bench):
+    records = [row.record for row in run.run_rows(bench, False, Console(file=io.StringIO()))]
+    other = [record | {"seed": 1, "average": record["average"] + 2} for record in records]
+    same = {"settings": {}, "commit": "abc", "machine": "m", "versions": {}}
+    runs = [{"seeds": [rows], "seconds": 2.0, **same} for rows in (records, other)]
+    found = joined(runs)
+    assert found["rows"] == records and found["seeds"] == [records, other]
+    assert found["seconds"] == 4.0 and found["spread"] == report.spread(records + other)
+    with pytest.raises(ValueError, match="the runs differ in commit: \\['abc', 'def'\\]"):
+        joined([runs[0], runs[1] | {"commit": "def"}])
+    with pytest.raises(ValueError, match=r"a seed is there twice: \[0, 0\]"):
+        joined([runs[0], runs[0]])
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
