@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
+    from .modules.task_router import train_router
     from .ops._strategy import use_strategy
     from .recalibration import recalibrate
     from .report import heat_map
@@ -41,6 +42,7 @@ _HOMES = {
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
+    "modules.task_router": ("train_router",),
     "ops._strategy": ("use_strategy",),
     "recalibration": ("recalibrate",),
     "report": ("heat_map",),
@@ -71,6 +73,7 @@ __all__ = [
     "ops",
     "recalibrate",
     "remerge_",
+    "train_router",
     "transfer_coefficients",
     "use_backend",
     "use_strategy",

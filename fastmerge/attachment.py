@@ -169,7 +169,7 @@ def attach(
         raise ValueError(
             f"running_statistics_from must be 'experts' or 'base', got {running_statistics_from!r}"
         )
-    _, tied = _places(model)
+    _, tied = parameter_places(model)
     parameters = dict(model.named_parameters())
     floating = [name for name, p in parameters.items() if p.is_floating_point()]
     names = select_names(floating, include, exclude)
@@ -222,7 +222,7 @@ def attach_deltas(
     Returns:
         The record that `detach` undoes.
     """
-    places, _ = _places(model)
+    places, _ = parameter_places(model)
     parameters = dict(model.named_parameters())
     record = Attachment(coefficients, {}, {name: places[name] for name in formats}, {})
     for name, deltas in formats.items():
@@ -377,7 +377,7 @@ def check_attached(model: nn.Module) -> None:
             record.check(module)
 
 
-def _places(
+def parameter_places(
     model: nn.Module,
 ) -> tuple[dict[str, list[tuple[nn.Module, str]]], dict[str, str]]:
     """Every (module, attribute) that holds a parameter, and the first name of each tied name."""

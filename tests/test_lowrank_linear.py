@@ -159,6 +159,17 @@ def test_one_row_of_coefficients_in_panels(panel, transpose, monkeypatch):
     Case((50,), transpose=transpose, ranks=(30, 9)).check()
 
 
+@pytest.mark.parametrize("mix", [[0, 0, 0], [0.5, 0, 0], [1, 0, 2], [0, 3, 0]], ids=str)
+@pytest.mark.parametrize("rows", [2, 50])
+def test_experts_that_nobody_uses(rows, mix):
+    case = Case((rows,), coefficients=torch.tensor(mix))
+    case.check()
+    for k, (start, stop) in enumerate(((0, 2), (2, 2), (2, 5))):
+        if mix[k] == 0:
+            case.down[start:stop] = float("nan")
+    assert not case.fused(case.x, case.coefficients, case.bias).isnan().any()
+
+
 @pytest.mark.parametrize("transpose", [False, True], ids=["OI", "IO"])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("tokens", [None, 1, 5])

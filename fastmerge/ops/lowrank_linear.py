@@ -150,6 +150,8 @@ def _product(x, weight, down, up, ranks, coefficients, bias):
     """y [..., O] from weight [O, I], down [R, I] and up [O, R], computed in x's dtype."""
     bias = None if bias is None else bias.to(x.dtype)
     rows = as_rows(x)
+    if coefficients.dim() == 1 and coefficients.device.type == "cpu":
+        down, up, ranks, coefficients = _used(down, up, ranks, coefficients)
     if coefficients.dim() == 1 and _building_is_cheaper(rows.shape[0], weight, sum(ranks)):
         y = _by_panels(rows, weight, down, up, ranks, coefficients, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -167,9 +169,19 @@ def _product(x, weight, down, up, ranks, coefficients, bias):
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _used(down, up, ranks, coefficients):
+    """Factors, ranks and coefficients of the experts whose coefficient is not 0."""
+    used = coefficients != 0
+    if bool(used.all()):
+        return down, up, ranks, coefficients
+    columns = used[expert_of_rank(ranks, used.device)].nonzero().flatten()
+    ranks = [rank for rank, kept in zip(ranks, used.tolist(), strict=True) if kept]
+    return _at(down, columns, 0), _at(up, columns, 1), ranks, coefficients[used]
+
+
 def _building_is_cheaper(rows: int, weight: Tensor, rank: int) -> bool:
     """Whether building W, R O I multiply-adds, is cheaper than the thin products of all rows."""
-    return weight.numel() < rows * sum(weight.shape)
+    return rank > 0 and weight.numel() < rows * sum(weight.shape)
 
 
 def _worthwhile_groups(
@@ -210,6 +222,8 @@ def _by_groups(x, weight, down, up, ranks, coefficients, bias, groups):
 
 def _at(factor: Tensor, columns: Tensor, dim: int) -> Tensor:
     """Entries `columns` along a dimension, as a view where they are neighbours."""
+    if len(columns) == 0:
+        return factor.narrow(dim, 0, 0)
     first, last = int(columns[0]), int(columns[-1])
     if last - first + 1 == len(columns):
         return factor.narrow(dim, first, len(columns))
