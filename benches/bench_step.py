@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +80,38 @@ def test_step(benchmark, images_per_task, models, device, rounds, small, results
     of_bf16 = seconds["fastmerge bf16"] / seconds["plain step bf16"]
     results.add_value("P3", case, "fastmerge bf16", of_bf16, "plain step bf16")
     benchmark.pedantic(variants["fastmerge"], rounds=1)
+
+
+def _fusion_bench(images_per_task: int, rounds: int, small: bool) -> dict | None:
+    """FusionBench's step in a process of the interpreter that has it, None without one."""
+    interpreter = os.environ.get("FASTMERGE_FUSIONBENCH")
+    if interpreter is None:
+        return None
+    script = Path(__file__).with_name("fusion_step.py")
+    command = [interpreter, str(script), "--images", str(images_per_task), "--rounds", str(rounds)]
+    done = subprocess.run(
+        [*command, *(["--small"] if small else [])], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("images_per_task", [1, 8])
+def test_fusion_bench_step(images_per_task, models, device, rounds, small, results: Results):
+    """P3 and P4 of FusionBench's own classes, beside the plain step in the same process."""
+    if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
+        pytest.skip("measures a process's memory on the CPU")
+    found = _fusion_bench(images_per_task, max(3, rounds // 5), small)
+    if found is None:
+        pytest.skip("FASTMERGE_FUSIONBENCH names no interpreter")
+    truth = float(_truth(models, draw_images(images_per_task, small, device)).norm())
+    assert found["norm"] == pytest.approx(truth, rel=1e-3)
+    case = _case(images_per_task)
+    results.add("P3", f"{case}, FusionBench's process", found["seconds"], "plain step")
+    plain = peak_in_fresh_process("plain step", images_per_task, small)
+    peak = int(found["peak_bytes"])
+    results.add_value(
+        "P4", f"{case}, FusionBench", "fusion_bench", peak / plain, "plain step", peak
+    )
 
 
 @pytest.mark.parametrize("images_per_task", [1, 8])
