@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .adapters import adapter_deltas, selected
 from .checking import check_models, running_statistics, select_names
 from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
 from .deltas import Deltas, Dense, Experts
@@ -146,7 +147,8 @@ def attach(
         parametrization: "identity", "softmax", "tanh" or "slerp": how coefficients follow from the
             trained values, see `fastmerge.parametrizations`.
         deltas: "experts" keeps the experts' weights and subtracts in registers; "dense" keeps
-            task vectors.
+            task vectors; "lora", for adapters alone, keeps their factors, and only tensors that
+            an adapter changes become merged weights.
         trim: dict(method="ties", density=0.2) keeps, per task, only the entries that TIES trims
             to and elects, over the whole model (AdaMerging++); always dense.
         include, exclude: which parameters are merged: glob patterns or a function of the name.
@@ -163,8 +165,10 @@ def attach(
     Source: AdaMerging and AdaMerging++ (arXiv 2310.02575).
     """
     check_unattached(model)
-    if deltas not in ("experts", "dense"):
-        raise ValueError(f"deltas must be 'experts' or 'dense', got {deltas!r}")
+    if deltas not in ("experts", "dense", "lora"):
+        raise ValueError(f"deltas must be 'experts', 'dense' or 'lora', got {deltas!r}")
+    if deltas == "lora" and trim is not None:
+        raise ValueError("deltas='lora' keeps factors, which trim= would not leave: use 'dense'")
     if running_statistics_from not in ("experts", "base"):
         raise ValueError(
             f"running_statistics_from must be 'experts' or 'base', got {running_statistics_from!r}"
@@ -173,16 +177,25 @@ def attach(
     parameters = dict(model.named_parameters())
     floating = [name for name, p in parameters.items() if p.is_floating_point()]
     names = select_names(floating, include, exclude)
-    statistics = running_statistics(model) if running_statistics_from == "experts" else []
-    chosen = {name: parameters[name] for name in names}
     buffers = dict(model.named_buffers())
-    checked = chosen | {name: buffers[name] for name in statistics}
-    models = read_experts(experts, read_tensors(model, "base"))
-    expert_names, tensors = check_models(
-        checked, models, known=[*tied, *buffers], tied=tied, allow_nonfinite=allow_nonfinite
-    )
+    statistics = running_statistics(model) if running_statistics_from == "experts" else []
+    if deltas == "lora":
+        expert_names, formats = adapter_deltas(
+            experts, read_tensors(model, "base"), tied, allow_nonfinite=allow_nonfinite
+        )
+        formats, statistics = selected(formats, names), []
+        names = list(formats)
+    chosen = {name: parameters[name] for name in names}
     bases = {name: chosen[name].detach().contiguous() for name in names}
-    formats = _delta_formats(bases, {name: tensors[name] for name in names}, deltas, trim)
+    if deltas != "lora":
+        expert_names, tensors = check_models(
+            chosen | {name: buffers[name] for name in statistics},
+            read_experts(experts, read_tensors(model, "base")),
+            known=[*tied, *buffers],
+            tied=tied,
+            allow_nonfinite=allow_nonfinite,
+        )
+        formats = _delta_formats(bases, {name: tensors[name] for name in names}, deltas, trim)
     shapes = [chosen[name].shape for name in names]
     grouping = {"granularity": granularity, "shapes": shapes, "chunks": chunks}
     gram = None

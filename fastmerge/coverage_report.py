@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .attachment import checked_attachment
+from .deltas import Stored
 from .merged_weight import MergedWeight
+from .ops._panel import device_panel_bytes
 from .ops.merged_linear import scratch_bytes
 
 WAYS = {
@@ -99,10 +101,11 @@ def _bytes_of(weight: MergedWeight, way: str) -> int:
     if way == "samples":
         return rows * base.numel() * base.element_size()
     if way == "rows":  # gathered from base and experts, and combined
-        gathered = base.element_size() * 2 + weight.deltas.tensors[0].element_size() * len(
-            weight.deltas
-        )
-        return rows * base[:1].numel() * gathered
+        read = weight.deltas.nbytes() / max(1, base.numel())
+        return int(rows * base[:1].numel() * (base.element_size() * 2 + read))
+    if not isinstance(weight.deltas, Stored):  # factors and masks are combined in panels at most
+        matrix = base.numel() * base.element_size()
+        return min(matrix, device_panel_bytes(base.device))
     sizes = []
     for _, _, part, deltas, row in weight.chunks():
         matrix = part if transpose else part.flatten(1)

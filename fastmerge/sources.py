@@ -51,6 +51,17 @@ def read_experts(
         TypeError: not such a collection, or an expert is none of these.
         ValueError: there is no expert, or a file is not what it should be; pickles are refused.
     """
+    named = named_experts(experts)
+    return {name: _read_expert(expert, name, base) for name, expert in named.items()}
+
+
+def named_experts(experts: Any) -> dict[str, Any]:
+    """{name: expert} of a mapping or list; those of a list are called expert0, expert1, ...
+
+    Raises:
+        TypeError: not such a collection.
+        ValueError: there is no expert.
+    """
     if isinstance(experts, Mapping):
         if any(isinstance(value, Tensor) for value in experts.values()):
             raise TypeError("experts: expected several experts, got one state dict; pass a list")
@@ -63,21 +74,21 @@ def read_experts(
         )
     if not named:
         raise ValueError("experts is empty, expected K >= 1 experts")
-    return {name: _read_expert(expert, name, base) for name, expert in named.items()}
+    return named
 
 
 def _read_expert(expert: Any, name: str, base: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     if not isinstance(expert, (str, PathLike)):
         return read_tensors(expert, name)
     if base is not None and is_adapter(expert):
-        opened = LoraCheckpoint(_Loaded(base), expert, name)
+        opened = LoraCheckpoint(LoadedModel(base), expert, name)
     else:
         opened = Checkpoint.open(expert, name)
     with opened as checkpoint:
         return {key: checkpoint.read(key) for key in checkpoint.tensors}
 
 
-class _Loaded:
+class LoadedModel:
     """A model in memory with as much of `Checkpoint`'s interface as an adapter needs."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):

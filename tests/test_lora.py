@@ -73,6 +73,46 @@ def test_weights_are_those_peft_merges(tmp_path, config):
     assert changed == len(config["target_modules"])
 
 
+def test_modules_to_save_take_the_place_of_the_base(tmp_path):
+    config = dict(target_modules=["q_proj"], modules_to_save=["k_proj", "flat"])
+    base, adapter, _ = adapted(tmp_path, **config)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    names = ["k_proj.weight", "flat.weight", "flat.bias"]
+    for name in names:
+        tensors["base_model.model." + name] += 1
+    save_file(tensors, path)
+    checkpoint = LoraCheckpoint(Checkpoint.open(base), adapter)
+    assert checkpoint.changed == ["flat.bias", "flat.weight", "k_proj.weight", "q_proj.weight"]
+    for name in names:
+        expected = tensors["base_model.model." + name]
+        assert torch.equal(checkpoint.read(name), expected)
+        assert torch.equal(checkpoint.read(name, 1, 3), expected[1:3])
+        assert checkpoint.factors(name) is None
+    rows = torch.tensor([2, 0])
+    assert torch.equal(
+        checkpoint.read_rows("k_proj.weight", rows), tensors["base_model.model.k_proj.weight"][rows]
+    )
+    tensors["base_model.model.k_proj.weight"] = dense(3, 10)
+    save_file(tensors, path)
+    with pytest.raises(
+        CheckpointError, match=r"has shape \[3, 10\], expected \[4, 10\] as 'k_proj"
+    ):
+        LoraCheckpoint(Checkpoint.open(base), adapter)
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_factors_are_the_change_that_peft_merges(tmp_path, config):
+    base, adapter, expected = adapted(tmp_path, **config)
+    checkpoint = LoraCheckpoint(Checkpoint.open(base), adapter)
+    original = load_file(base / "model.safetensors")
+    for key in checkpoint.changed:
+        down, up = checkpoint.factors(key)
+        found = original[key] + (up @ down.flatten(1)).view(original[key].shape)
+        torch.testing.assert_close(found, expected[key])
+        assert down.shape[1:] == original[key].shape[1:]
+
+
 def test_a_half_precision_base_is_computed_with_in_fp32(tmp_path):
     base, adapter, _ = adapted(tmp_path, target_modules=["q_proj"])
     tensors = load_file(base / "model.safetensors")
@@ -87,7 +127,7 @@ REFUSED = {
     "peft_type": "IA3",
     "use_dora": True,
     "bias": "all",
-    "modules_to_save": ["head"],
+    "modules_to_save": "head",
     "init_lora_weights": "pissa_niter_4",
     "trainable_token_indices": [3],
     "r": 0,

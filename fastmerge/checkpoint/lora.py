@@ -35,7 +35,6 @@ PLAIN = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
-    "modules_to_save": ([], None),
     "layer_replication": ([], None),
     "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
@@ -63,7 +62,7 @@ class LoraCheckpoint:
 
     Adapted weights read as base + s B A in fp32 (fp64 if the base is), s = lora_alpha / r, or
     lora_alpha / sqrt(r) with `use_rslora`; B A is formed for the rows that are read and nothing
-    else. All other tensors are the base's.
+    else. Tensors of `modules_to_save` are the adapter's. All others are the base's.
 
     Args:
         base: the checkpoint that the adapter was trained on.
@@ -82,16 +81,18 @@ class LoraCheckpoint:
         self.name = self.folder.name if name is None else name
         self._config, self._config_hash = _read_config(self.folder)
         self._adapter = _open_weights(self.folder, self.name)
+        self._saved: dict[str, str] = {}  # {key in base: tensor of modules_to_save}
         self._factors = self._match()
         self.metadata = base.metadata
         self.unlisted: tuple[str, ...] = ()
         self.tensors: dict[str, Entry] = {
-            key: self._adapted(entry) if key in self._factors else entry
-            for key, entry in base.tensors.items()
+            key: self._changed(key, entry) for key, entry in base.tensors.items()
         }
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor along its first dimension, all of them by default."""
+        if key in self._saved:
+            return self._adapter.read(self._saved[key], start, stop)
         rows = self.base.read(key, start, stop)
         if key not in self._factors:
             return rows
@@ -99,6 +100,8 @@ class LoraCheckpoint:
 
     def read_rows(self, key: str, rows: Tensor) -> Tensor:
         """Copies of the rows of these numbers, int64 [n], of a tensor that has entries."""
+        if key in self._saved:
+            return self._adapter.read_rows(self._saved[key], rows)
         stored = self.base.read_rows(key, rows)
         return self._adapt(key, stored, rows) if key in self._factors else stored
 
@@ -110,6 +113,24 @@ class LoraCheckpoint:
         rank = self._adapter.tensors[factors.a].shape[0]
         row = math.prod(entry.shape[1:])
         return ((rows + row) * rank + rows * row) * entry.dtype.itemsize
+
+    @property
+    def changed(self) -> list[str]:
+        """Tensors of the base that the adapter changes or replaces."""
+        return [key for key in self.base.tensors if key in self._factors or key in self._saved]
+
+    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """down [r, *] and up [O, r] with up down = s B A as the base stores it, fp32 or fp64.
+
+        None for a tensor that the adapter replaces or leaves as it is.
+        """
+        found = self._factors.get(key)
+        if found is None:
+            return None
+        dtype, shape = _computed_in(self.base.tensors[key].dtype), self.base.tensors[key].shape
+        a, b = (self._adapter.read(f).flatten(1).to(dtype) for f in (found.a, found.b))
+        up, down = (a.t(), b.t()) if found.transposed else (b, a)
+        return down.reshape(-1, *shape[1:]), up * found.scaling
 
     def _adapt(self, key: str, stored: Tensor, which: slice | Tensor) -> Tensor:
         """Rows of the base with s B A added, in fp32; no more of it is formed."""
@@ -148,6 +169,8 @@ class LoraCheckpoint:
         pairs: dict[tuple[str, str], dict[str, str]] = {}
         for key in self._adapter.tensors:
             match = FACTOR.fullmatch(key)
+            if match is None and self._is_saved(key):
+                continue
             if match is None:
                 raise CheckpointError(
                     f"{self._where(key)}: not a factor of a LoRA; such adapters are not supported"
@@ -159,6 +182,25 @@ class LoraCheckpoint:
                 )
             pair[match["factor"]] = key
         return dict(self._pair(module, kind, pair) for (module, kind), pair in pairs.items())
+
+    def _is_saved(self, key: str) -> bool:
+        """Whether a tensor is one of `modules_to_save`, which takes the base's place."""
+        name = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.)", "", key.removeprefix(PREFIX))
+        modules = self._config.get("modules_to_save") or []
+        if not any(module in name.split(".")[:-1] for module in modules):
+            return False
+        if name not in self.base.tensors:
+            raise CheckpointError(
+                f"{self._where(key)}: {self.base.name} has no tensor {name!r} to replace"
+            )
+        found, expected = self._adapter.tensors[key].shape, self.base.tensors[name].shape
+        if found != expected:
+            raise CheckpointError(
+                f"{self._where(key)} has shape {list(found)}, expected {list(expected)} as "
+                f"{name!r} of {self.base.name}"
+            )
+        self._saved[name] = key
+        return True
 
     def _pair(self, module: str, kind: str, pair: Mapping[str, str]) -> tuple[str, _Factors]:
         if len(pair) != 2:
@@ -201,8 +243,13 @@ class LoraCheckpoint:
                     f"{key!r} of shape {list(shape)} and rank {rank}"
                 )
 
-    def _adapted(self, entry: Entry) -> Entry:
-        return replace(entry, dtype=_computed_in(entry.dtype), stored=entry.file_dtype)
+    def _changed(self, key: str, entry: Entry) -> Entry:
+        if key in self._saved:
+            dtype = self._adapter.tensors[self._saved[key]].dtype
+            return replace(entry, dtype=dtype, stored=entry.file_dtype)
+        if key in self._factors:
+            return replace(entry, dtype=_computed_in(entry.dtype), stored=entry.file_dtype)
+        return entry
 
     def _where(self, key: str) -> str:
         return f"{self.folder / WEIGHTS}: tensor {key!r}"
@@ -237,6 +284,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
             f"{path}: init_lora_weights is {init!r}, which changes the base model; convert the "
             "adapter with PEFT first"
         )
+    modules = config.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise CheckpointError(f"{path}: modules_to_save must be a list of module names")
     for setting, least in (("r", 1), ("lora_alpha", 0)):
         value = config.get(setting)
         _check_number(path, setting, value, least)
