@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,15 @@ class _Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(up=up, gelu=nn.GELU(), down=down))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
         parts = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in self._qkv())
         attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
         x = x + self.o(attended)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.mlp(self.norm2(x))
 
     def _qkv(self) -> tuple[nn.Module, ...]:
         return self.q, self.k, self.v

@@ -20,6 +20,7 @@ from .attachment import check_attached
 from .coefficients import Coefficients
 from .learning_checkpoint import load_checkpoint, save_checkpoint
 from .learning_step import NO_GRADIENT, EagerStep, GraphedStep, row_count
+from .modules.router import Routers
 from .objectives import Objective, entropy, kl_to_expert, resolve_objective
 from .ops import softmax_entropy
 
@@ -79,7 +80,7 @@ class ShuffledBatches:
 
 def learn(
     model: nn.Module,
-    coefficients: Coefficients,
+    coefficients: Coefficients | Routers,
     batches: Mapping[str, Iterable[Any]],
     *,
     heads: Mapping[str, Callable[[Any], Tensor]] | None = None,
@@ -87,6 +88,7 @@ def learn(
     expert_logits: Mapping[str, Logits | nn.Module] | None = None,
     steps: int = 500,
     lr: float = 1e-3,
+    schedule: str = "constant",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     evaluate: Callable[[], Any] | None = None,
     evaluate_every: int = 0,
@@ -107,7 +109,7 @@ def learn(
 
     Args:
         model: a model with merged weights (`fastmerge.attach`).
-        coefficients: what `attach` returned.
+        coefficients: what `attach` returned, or the routers of a WEMoE model.
         batches: {task: iterable of inputs}, one batch a task and step; an iterable that ends
             starts again. Inputs: a tensor (model(x)), a tuple or list (model(*x)) or a dict
             (model(**x)) of tensors with the rows in dimension 0. The paper uses 16 rows
@@ -118,6 +120,8 @@ def learn(
             through the task's head)}.
         steps: optimizer steps in total.
         lr: Adam's learning rate (betas 0.9, 0.999, no weight decay).
+        schedule: "constant", or "cosine": the rate falls from lr to 0 over `steps` along half a
+            cosine.
         optimizer: function from the parameter list to an optimizer, instead of Adam.
         evaluate: called without arguments before the first step, every `evaluate_every` steps and
             at the end; its results (JSON-like) go to `History.evaluations`.
@@ -143,11 +147,14 @@ def learn(
             were after the last good step.
         FileExistsError: `checkpoint` exists and `resume` was not asked for.
 
-    Source: AdaMerging (arXiv 2310.02575): init 0.3, Adam 1e-3, batch 16, 500 steps.
+    Source: AdaMerging (arXiv 2310.02575): init 0.3, Adam 1e-3, batch 16, 500 steps. WEMoE (arXiv
+    2402.00433): Adam 1e-4, cosine, batch 16, 1000 steps.
     """
     tasks = list(batches)
     loss_of = resolve_objective(objective)
     _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience)
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype}")
     check_attached(model)
@@ -155,6 +162,7 @@ def learn(
     if not parameters:
         raise ValueError("coefficients have no parameter that requires grad")
     stepper = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr)
+    rates = [group["lr"] for group in stepper.param_groups]
     history = History(task_loss={t: [] for t in tasks}, entropy={t: [] for t in tasks})
     if checkpoint is not None and Path(checkpoint).exists():
         if not resume:
@@ -176,6 +184,9 @@ def learn(
             values, logits = run_step({t: streams[t].next() for t in tasks}, step)
             losses = {task: float(value) for task, value in values.items()}
             _check_finite(losses, parameters, step)
+            if schedule == "cosine":
+                for group, rate in zip(stepper.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             stepper.step()
             history.loss.append(sum(losses.values()))
             for task in tasks:
@@ -296,7 +307,7 @@ class _CollapseMonitor:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module, coefficients: Coefficients) -> Iterator[None]:
+def _frozen(model: nn.Module, coefficients: nn.Module) -> Iterator[None]:
     """No gradients for the model's own parameters while coefficients are learned."""
     own = {id(p) for p in coefficients.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]

@@ -1,4 +1,4 @@
-"""Checkpoints of `learn`: coefficients, optimizer state and history in one safetensors file."""
+"""Checkpoints of `learn`: what is learned, optimizer state and history in one safetensors file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .coefficients import Coefficients, check_same_tensors
+from .modules.router import Routers
 
 FORMAT = "fastmerge-learning-1"
 
 
 def save_checkpoint(
     path: str | Path,
-    coefficients: Coefficients,
+    coefficients: Coefficients | Routers,
     optimizer: torch.optim.Optimizer,
     history: dict[str, Any],
 ) -> None:
     """Write everything `learn` needs to go on exactly where it is; replaces the file at once."""
     state = optimizer.state_dict()
-    tensors = {"raw": coefficients.raw.detach().cpu().contiguous()}
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in coefficients.named_parameters()
+    }
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
@@ -51,7 +55,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: str | Path,
-    coefficients: Coefficients,
+    coefficients: Coefficients | Routers,
     optimizer: torch.optim.Optimizer,
     tasks: list[str],
 ) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def load_checkpoint(
         about = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
         history, groups = about["history"], about["param_groups"]
         names, experts, shapes = about["names"], about["experts"], about["shapes"]
-        raw, rng = tensors.pop("raw"), tensors.pop("rng")
+        rng = tensors.pop("rng")
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path}: not a valid learning checkpoint: {error}") from error
     check_same_tensors(coefficients.names, coefficients.shapes, names, shapes, str(path))
@@ -78,11 +82,18 @@ def load_checkpoint(
         "parametrization": (coefficients.parametrization, about.get("parametrization")),
         "tasks": (tasks, list(history["task_loss"])),
         "optimizer": (type(optimizer).__name__, about["optimizer"]),
-        "shape of the coefficients": (list(coefficients.raw.shape), list(raw.shape)),
     }
     for what, (wanted, found) in expected.items():
         if wanted != found:
             raise ValueError(f"{path}: {what} is {found}, expected {wanted}")
+    parameters = dict(coefficients.named_parameters())
+    learned = {name: tensors.pop(name, None) for name in parameters}
+    for name, parameter in parameters.items():
+        found = None if learned[name] is None else list(learned[name].shape)
+        if found != list(parameter.shape):
+            raise ValueError(
+                f"{path}: shape of {name!r} is {found}, expected {list(parameter.shape)}"
+            )
     state: dict[int, dict[str, Any]] = {
         int(index): dict(entries) for index, entries in about["optimizer_scalars"].items()
     }
@@ -91,7 +102,8 @@ def load_checkpoint(
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     with torch.no_grad():
-        coefficients.raw.copy_(raw)
+        for name, parameter in parameters.items():
+            parameter.copy_(learned[name])
     torch.set_rng_state(rng)
     history["evaluations"] = [(step, result) for step, result in history["evaluations"]]
     return history
