@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,12 +12,14 @@ import torch
 from fastmerge import _native
 from fastmerge._native import cpu, extensions
 
+from .levels import THREADS, same_everywhere
+from .samples import raw
+
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())
 
 SIZES = [0, 1, 7, 15, 16, 17, 255, 257, 8191, 8192, 8193, 100003]
 COUNTS = [1, 2, 3, 8, 17]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-THREADS = [1, 2, 3, 5]
 UNIT = 2.0**-24  # half the spacing of fp32 numbers at 1
 LANE_ADDITIONS = 32 + 1  # fp32 roundings of one product on its way into fp64
 POISON = float("nan")
@@ -38,24 +40,6 @@ def random_tensor(size: int, dtype: torch.dtype, seed: int, offset: int = 0) -> 
 
 def poisoned(size: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
     return torch.full((size + offset,), POISON, dtype=dtype)[offset:]
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def same_everywhere(run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """Results of `run`, after checking that each level and thread count gives the same bytes."""
-    first: tuple[torch.Tensor, ...] | None = None
-    for isa, threads in itertools.product(extensions.cpu.supported_isas(), THREADS):
-        extensions.cpu.set_isa(isa)
-        torch.set_num_threads(threads)
-        results = run()
-        if first is None:
-            first = results
-        for expected, found in zip(first, results, strict=True):
-            assert raw(expected) == raw(found), f"bytes differ at {isa}, {threads} threads"
-    return first
 
 
 def task_vectors(base: torch.Tensor, deltas: list[torch.Tensor], experts: bool) -> torch.Tensor:
