@@ -139,6 +139,18 @@ LLAMA = {
     "union": {
         "merge_method": "task_arithmetic", **BASE, "models": _models(), "tokenizer_source": "union",
     },
+    "tokens": {
+        "merge_method": "task_arithmetic", **BASE, "models": _models(),
+        "tokenizer": {"source": "union", "tokens": {
+            "w0": {"source": {"kind": "zero"}},
+            "w10": {"source": "./a", "force": True},
+            "w12": {"source": "./base", "force": True},
+            "w30": {"source": {"kind": "model_token", "model": "./b", "token": "w13"}},
+            "w20": {
+                "source": {"kind": "model_token", "model": "./a", "token_id": 3}, "force": True,
+            },
+        }},
+    },
     "other-tokenizer": {
         "merge_method": "linear", **BASE, "models": [*_bare("base"), *_models()],
         "parameters": {"weight": 1.0}, "tokenizer_source": "./a",
@@ -225,7 +237,7 @@ def test_outputs_agree(folders, monkeypatch, kind, name):
     assert set(theirs) <= set(ours)
     for key, expected in theirs.items():
         found = ours[key]
-        if name == "union" and len(found) == len(expected) and _is_vocabulary(key):
+        if name in ("union", "tokens") and len(found) == len(expected) and _is_vocabulary(key):
             found = found[_order(out, Path(f"theirs-{name}"))]
         if name == "arcee_fusion":  # theirs draws a sample for its threshold
             differ = ~torch.isclose(found, expected, rtol=PARITY, atol=PARITY)
