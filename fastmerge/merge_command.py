@@ -57,17 +57,13 @@ def run_merge(
     Raises:
         ValueError: a recipe, checkpoint or size that is refused.
     """
-    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", device) is None:
-        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N")
     memory, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     recipe = load_recipe(recipe_file)
     folders = find_folders(recipe, recipe_file.parent)
-    import torch  # only now, when the recipe is known to be good
-
+    from .jobs.engine import check_device, run  # only now, when the recipe is known to be good
     from .jobs.planning import make_plan
 
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no GPU")
+    check_device(device)
     plan, report = make_plan(
         recipe, folders, beside=recipe_file.parent, seed=seed, shard_bytes=shard_bytes
     )
@@ -77,8 +73,6 @@ def run_merge(
             print(line)
     if dry_run:
         return
-    from .jobs.engine import run
-
     start = time.perf_counter()
     run(plan, out, max_memory=memory, device=device, progress=speaks, **options)
     if speaks:

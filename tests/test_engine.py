@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -353,6 +356,86 @@ def test_links_and_files_in_the_place_of_ours_are_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         run(make_plan(folders, Average()), tmp_path / "out")
     assert not (tmp_path / "target").exists() and not (tmp_path / "out").exists()
+
+
+class Crowded(TaskArithmetic):
+    """Counts how many blocks are computed at a time."""
+
+    def __init__(self):
+        super().__init__(0.3)
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def combine(self, block, stats):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.002)
+        with self.lock:
+            self.now -= 1
+        return super().combine(block, stats)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_blocks_in_work_never_pass_the_budget(tmp_path, blocks):
+    folders = write_models(tmp_path, shapes={"a": (4000, 30)})
+    method = Crowded()
+    plan = make_plan(folders, method)
+    (cut,) = engine.check_plan(plan)
+    assert cut.count > 20
+    run(plan, tmp_path / "out", threads=4, max_memory=(blocks + 1) * cut.working_bytes - 1)
+    assert method.most == blocks
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:x", "mps", "cuda:7"])
+def test_devices_that_are_not_there_are_refused_first(tmp_path, device):
+    folders = write_models(tmp_path)
+    models = folders["base"], [folders["expert0"]]
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        fm.merge(*models, "average", out=tmp_path / "out", job={"device": device})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(folders)
+
+
+def test_a_gpu_gets_blocks_by_way_of_pinned_memory(tmp_path, monkeypatch):
+    """With a GPU that is none: tensors stay where they are, but every copy is looked at."""
+    to, streams, used, copies = torch.Tensor.to, [], set(), []
+
+    def pin(tensor):
+        copy = tensor.clone()
+        copy.pinned = True
+        return copy
+
+    def look(tensor, *arguments, **keywords):
+        if arguments and getattr(arguments[0], "type", None) == "cuda":
+            assert tensor.pinned and keywords == {"non_blocking": True}
+            assert threading.get_ident() in used, "not on a stream of its own"
+            copies.append(tensor.nbytes)
+            return tensor.clone()
+        return to(tensor, *arguments, **keywords)
+
+    def own(device):
+        assert device == torch.device("cuda:0")
+        streams.append(threading.get_ident())
+        return threading.get_ident()
+
+    @contextmanager
+    def enter(stream):
+        assert stream == threading.get_ident()
+        used.add(stream)
+        yield
+        used.discard(stream)
+
+    folders = write_models(tmp_path)
+    run(make_plan(folders, Ties()), tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", pin)
+        patch.setattr(torch.Tensor, "to", look)
+        patch.setattr(torch.cuda, "Stream", own)
+        patch.setattr(torch.cuda, "stream", enter)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        run(make_plan(folders, Ties()), tmp_path / "out", device="cuda:0")
+    assert hash_folder(tmp_path / "out") == hash_folder(tmp_path / "expected")
+    assert 0 < len(streams) == len(set(streams)) <= 2  # one for each worker
+    assert sum(copies) >= 3 * sum(t.nbytes for k in range(4) for t in model(k).values())
 
 
 @pytest.mark.parametrize("name", ["../x", "model.safetensors", "", "a/b"])

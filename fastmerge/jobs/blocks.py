@@ -169,7 +169,9 @@ def _to_device(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Copies on a GPU, by way of pinned memory, on the worker's own stream.
 
-    Every worker has one block in flight; while one waits for its copies another computes.
+    Every worker has one block in flight; while one waits for its copies another computes. torch's
+    allocator of pinned memory keeps buffers for the next block, and gives none away before the copy
+    that reads it is done: it records an event behind each.
     """
 
     def copy(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,7 +67,7 @@ def run(
         verify: read the output again and compare it with what was computed.
         max_memory: bytes of memory that blocks in work may take, besides the page cache.
         threads: blocks computed at a time, by default as many as torch uses threads, at least 2.
-        device: where blocks are computed, "cpu" or "cuda".
+        device: where blocks are computed, "cpu", "cuda" or "cuda:N".
         progress: show progress on a terminal.
         allow_nonfinite: accept NaN and Inf in inputs and output.
 
@@ -74,12 +75,14 @@ def run(
         FileExistsError: there is an output already.
         CheckpointError: something about the files: another job writes them, the disk is full, the
             plan is not the one that was interrupted, or verification found a difference.
-        ValueError: a tensor that does not fit its output, NaN or Inf, or too little memory.
+        ValueError: a device that is not there, a tensor that does not fit its output, NaN or Inf,
+            or too little memory.
     """
     out = Path(out)
     threads = max(2, torch.get_num_threads()) if threads is None else threads
     if threads < 1 or max_memory < 1:
         raise ValueError(f"threads and max_memory must be positive, got {threads}, {max_memory}")
+    where = check_device(device)
     cuts = check_plan(plan)
     check_memory(plan, cuts, max_memory)
     layout = make_layout(
@@ -87,12 +90,27 @@ def run(
     )
     check_texts(layout, plan.texts)
     layout = replace(layout, others=sum(map(len, plan.texts.values())))
-    options = Options(max_memory, threads, torch.device(device), progress, allow_nonfinite)
+    options = Options(max_memory, threads, where, progress, allow_nonfinite)
     ranks = Ranks()
     try:
         _run(plan, out, layout, cuts, options, ranks, overwrite, resume, verify)
     finally:
         ranks.close()
+
+
+def check_device(name: str) -> torch.device:
+    """The device of a job.
+
+    Raises:
+        ValueError: neither the CPU nor a GPU that torch finds.
+    """
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name) is None:
+        raise ValueError(f"device is {name!r}, expected cpu, cuda or cuda:N")
+    device = torch.device(name)
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= found:
+        raise ValueError(f"device is {name!r}, but torch finds {found or 'no'} GPUs")
+    return device
 
 
 def check_plan(plan: Plan) -> list[Cut]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +96,7 @@ class Work:
         self._ranks, self._store = ranks, store
         self._reader = Reader(plan, options.device)
         self._budget, self._stop = Budget(options.max_memory), threading.Event()
+        self._own = threading.local()
         owners = ranks.owners([cut.read_bytes for cut in cuts])
         self.mine = [index for index, owner in enumerate(owners) if owner == ranks.rank]
         self._groups = self._make_groups()
@@ -224,13 +225,20 @@ class Work:
     ) -> None:
         if ahead is not None:
             self._reader.prefetch(self._plan.outputs[ahead[0]], self._cuts[ahead[0]], ahead[1])
-        cuda = self._options.device.type == "cuda"
-        stream = torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext()
-        with torch.no_grad(), stream:
+        with torch.no_grad(), self._stream():
             for piece in task:
                 with self._budget.take(self._cuts[piece[0]].working_bytes):
                     self._run_piece(piece, number, totals)
         self._store.commit_if_due()
+
+    def _stream(self) -> AbstractContextManager:
+        """The worker's own stream on a GPU, so that its copies run while others compute."""
+        device = self._options.device
+        if device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(device)
+        return torch.cuda.stream(self._own.stream)
 
     def _run_piece(self, piece: Piece, number: int | None, totals: dict[int, Total] | None) -> None:
         index, start, stop = piece
@@ -266,7 +274,7 @@ class Work:
         for number in range(cut.count):
             tells = step.nonfinite is not None
             block = self._next(output, cut, number, check and not tells, number + 1 < cut.count)
-            value = step.measure(block, known)
+            value = step.measure(block, known).cpu()  # totals know nothing of streams
             if check and tells and step.nonfinite(value):
                 self._reader.read(output, cut, number, True)  # raises if an input is to blame
             if number > 1 and step.reducer == "sum" and value.dtype == total.dtype:
