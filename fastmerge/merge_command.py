@@ -47,7 +47,7 @@ def run_merge(
     Args:
         recipe_file: the recipe.
         out: folder to be made.
-        dry_run: only show what would be done.
+        dry_run: only show what would be done, and refuse what would be refused.
         max_memory, shard_size: sizes for `parse_size`.
         seed: seed of random methods, in place of the recipe's.
         device: "cpu", "cuda" or "cuda:N".
@@ -60,7 +60,12 @@ def run_merge(
     memory, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     recipe = load_recipe(recipe_file)
     folders = find_folders(recipe, recipe_file.parent)
-    from .jobs.engine import check_device, run  # only now, when the recipe is known to be good
+    from .jobs.engine import (
+        check_device,
+        check_job,
+        check_place,
+        run,
+    )  # only now, when the recipe is known to be good
     from .jobs.planning import make_plan
 
     check_device(device)
@@ -72,6 +77,9 @@ def run_merge(
         for line in (*report.lines(), *costs(plan, memory)):
             print(line)
     if dry_run:
+        layout = check_job(plan, out, memory)[1]
+        if not options.get("resume"):
+            check_place(plan, out, layout, options.get("overwrite", False))
         return
     start = time.perf_counter()
     run(plan, out, max_memory=memory, device=device, progress=speaks, **options)

@@ -248,6 +248,32 @@ def test_adapted_weights_are_stored_as_their_base_or_as_the_recipe_says(models, 
     torch.testing.assert_close(found[name + ".weight"], adapted.to(dtype))
 
 
+REFUSED = {
+    "memory": ("out", {"max_memory": "100"}, "needs about"),
+    "exists": ("c", {}, "exists"),
+    "input": ("a", {"overwrite": True}, "the input"),
+    "no name": (".", {}, "not the name of a folder"),
+    "root": ("/", {}, "not the name of a folder"),
+    "parent": ("..", {}, "not the name of a folder"),
+    "room": ("far/out", {}, "the output needs .* bytes, 17 are free"),
+}
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_dry_run_refuses_what_a_run_refuses(models, monkeypatch, case, dry_run):
+    out, options, message = REFUSED[case]
+    write_model(models / "c", tensors_of(5))
+    recipe = {"merge_method": "average", "models": ["a", "b"]}
+    if case == "room":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 17}))
+    before = sorted(models.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=message):
+        _run(recipe, out, dry_run=dry_run, **options)
+    left = {*models.rglob("*")} - {*before, models / "recipe.yaml", models / "far"}
+    assert not left
+
+
 @pytest.mark.parametrize("out", ["base", "b", "recipes", "learned"])
 def test_nothing_that_is_read_is_overwritten(models, out):
     """The base of adapters, a tokenizer's model, the recipe and its coefficients."""

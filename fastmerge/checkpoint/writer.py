@@ -78,6 +78,20 @@ def previous_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.previous-{secrets.token_hex(8)}")
 
 
+def check_name(out: Path) -> None:
+    """Raise CheckpointError for a path that is no name, such as `.` or `/`."""
+    if out.name in ("", ".."):
+        raise CheckpointError(f"{out}: not the name of a folder to be made")
+
+
+def check_space(out: Path, layout: Layout) -> None:
+    """Raise CheckpointError if the disk that a folder is, or will be, on has no room for it."""
+    places = (out, *out.absolute().parents)
+    free = shutil.disk_usage(next(place for place in places if place.exists())).free
+    if layout.size > free:
+        raise CheckpointError(f"{out}: the output needs {layout.size:,} bytes, {free:,} are free")
+
+
 def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
     """Raise before anything is written if the output cannot go there.
 
@@ -90,8 +104,7 @@ def check_target(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Non
         FileExistsError: there is something already.
         CheckpointError: an input is in the way.
     """
-    if out.name in ("", ".."):
-        raise CheckpointError(f"{out}: not the name of a folder to be made")
+    check_name(out)
     real = out.resolve()
     for folder in inputs:
         if folder.resolve() == real or real in folder.resolve().parents:
@@ -176,7 +189,7 @@ class Writer:
         self._descriptors: list[int] = []
         try:
             if create:
-                self._check_space()
+                check_space(folder, layout)
             for shard in layout.shards:
                 flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
                 self._descriptors.append(os.open(folder / shard.name, flags, 0o644))
@@ -240,13 +253,6 @@ class Writer:
         except OSError as error:
             path = self.folder / self.layout.shards[number].name
             raise write_error(path, self.layout.size, error) from error
-
-    def _check_space(self) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if self.layout.size > free:
-            raise CheckpointError(
-                f"{self.folder}: the output needs {self.layout.size:,} bytes, {free:,} are free"
-            )
 
 
 def write_error(path: Path, needed: int, error: OSError) -> CheckpointError:

@@ -16,6 +16,8 @@ from ..checkpoint.layout import Layout, make_layout
 from ..checkpoint.writer import (
     OutputLock,
     Writer,
+    check_name,
+    check_space,
     check_target,
     check_texts,
     end_replacement,
@@ -83,19 +85,43 @@ def run(
     if threads < 1 or max_memory < 1:
         raise ValueError(f"threads and max_memory must be positive, got {threads}, {max_memory}")
     where = check_device(device)
-    cuts = check_plan(plan)
-    check_memory(plan, cuts, max_memory)
-    layout = make_layout(
-        ((o.name, o.dtype, o.shape) for o in plan.outputs), plan.metadata, plan.shard_bytes
-    )
-    check_texts(layout, plan.texts)
-    layout = replace(layout, others=sum(map(len, plan.texts.values())))
+    cuts, layout = check_job(plan, out, max_memory)
     options = Options(max_memory, threads, where, progress, allow_nonfinite)
     ranks = Ranks()
     try:
         _run(plan, out, layout, cuts, options, ranks, overwrite, resume, verify)
     finally:
         ranks.close()
+
+
+def check_job(plan: Plan, out: Path, max_memory: int) -> tuple[list[Cut], Layout]:
+    """Everything that can be checked of a job without looking at the disk: cuts and layout.
+
+    Raises:
+        CheckpointError, ValueError: see `run`.
+    """
+    check_name(out)
+    cuts = check_plan(plan)
+    check_memory(plan, cuts, max_memory)
+    layout = make_layout(
+        ((o.name, o.dtype, o.shape) for o in plan.outputs), plan.metadata, plan.shard_bytes
+    )
+    check_texts(layout, plan.texts)
+    return cuts, replace(layout, others=sum(map(len, plan.texts.values())))
+
+
+def check_place(plan: Plan, out: Path, layout: Layout, overwrite: bool) -> None:
+    """Whether the output can go there, now.
+
+    Raises:
+        FileExistsError, CheckpointError: there is an output or an input, or too little room.
+    """
+    check_target(out, overwrite, _inputs(plan))
+    check_space(out, layout)
+
+
+def _inputs(plan: Plan) -> list[Path]:
+    return [*plan.folders, *(c.folder for c in plan.checkpoints.values())]
 
 
 def check_device(name: str) -> torch.device:
@@ -288,8 +314,7 @@ def _prepare(
             remove_journals(out)
             if resume and published == plan_hash and not folder.exists():
                 return lock, True
-        inputs = [*plan.folders, *(c.folder for c in plan.checkpoints.values())]
-        check_target(out, overwrite, inputs)
+        check_target(out, overwrite, _inputs(plan))
         if folder.exists() and _goes_on(folder, plan_hash, resume):
             return lock, False
         folder.mkdir()
