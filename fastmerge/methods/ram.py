@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ..ops._library import accumulate_dtype
 from ._method import Block, Method, Parameter, Pass, Stats
 from ._parameters import check_number
 
+CHUNK = 1 << 17  # entries computed at a time
 EPSILON = Parameter("epsilon", 1e-5, "task-vector entries up to this count as unchanged")
 
 
@@ -30,24 +33,26 @@ class Ram(Method):
         self.epsilon = check_number("epsilon", epsilon, 0)
 
     def combine(self, block: Block, stats: Stats) -> Tensor:
-        dtype = accumulate_dtype(block.base, block.experts[0])
-        base = block.base.to(dtype)
-        changes = self._changes(block)
-        total = torch.zeros_like(base)
-        for expert, factor in zip(
-            block.experts, self._factors(len(block.experts), stats), strict=True
-        ):
-            tau = expert.to(dtype) - base
-            changed = tau.abs() > self.epsilon
-            alone = torch.where(changes == 1, factor, 1 / changes.clamp(min=1).to(dtype))
-            total += torch.where(changed, tau * alone, 0)
-        return (base + total).to(block.dtype)
+        factors = self._factors(len(block.experts), stats)
+        merged = torch.empty(block.base.numel(), dtype=block.dtype, device=block.device)
+        for rows, base, taus, changed in self._pieces(block):
+            changes = changed.sum(0)
+            shared = 1 / changes.clamp(min=1).to(base.dtype)
+            total = torch.zeros_like(base)
+            for tau, own, factor in zip(taus, changed, factors, strict=True):
+                total += torch.where(own, tau * torch.where(changes == 1, factor, shared), 0)
+            merged[rows] = base.add_(total).to(block.dtype)
+        return merged.view(block.base.shape)
 
-    def _changes(self, block: Block) -> Tensor:
-        """How many experts changed each entry."""
+    def _pieces(self, block: Block) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Which entries, a copy of the base's [n], task vectors [K, n], and which they change."""
         dtype = accumulate_dtype(block.base, block.experts[0])
-        base = block.base.to(dtype)
-        return sum(((e.to(dtype) - base).abs() > self.epsilon).int() for e in block.experts)
+        parts = [tensor.reshape(-1) for tensor in (block.base, *block.experts)]
+        for start in range(0, len(parts[0]), CHUNK):
+            rows = slice(start, start + CHUNK)
+            base, *experts = (part[rows].to(dtype, copy=True) for part in parts)
+            taus = torch.stack(experts).sub_(base)
+            yield rows, base, taus, taus.abs() > self.epsilon
 
     def _factors(self, count: int, stats: Stats) -> list[float]:
         """Of each expert's entries that it alone changed."""
@@ -84,13 +89,12 @@ class RamPlus(Ram):
 
     def _count(self, block: Block, stats: Stats) -> Tensor:
         """Entries that each expert changed with others, and alone: int64 [2, K]."""
-        changes = self._changes(block)
-        dtype = accumulate_dtype(block.base, block.experts[0])
-        base = block.base.to(dtype)
-        own = [(e.to(dtype) - base).abs() > self.epsilon for e in block.experts]
-        shared = [(o & (changes > 1)).sum() for o in own]
-        alone = [(o & (changes == 1)).sum() for o in own]
-        return torch.stack([torch.stack(shared), torch.stack(alone)]).cpu()
+        counts = torch.zeros(2, len(block.experts), dtype=torch.int64, device=block.device)
+        for *_, changed in self._pieces(block):
+            changes = changed.sum(0)
+            counts[0] += (changed & (changes > 1)).sum(1)
+            counts[1] += (changed & (changes == 1)).sum(1)
+        return counts.cpu()
 
     def _factors(self, count: int, stats: Stats) -> list[float]:
         shared, alone = stats["changes"].tolist()
