@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 import torch
 
-from fastmerge import Dense, Masked
+from fastmerge import Dense, Masked, use_backend
 from fastmerge.ops import (
+    _panel,
     coefficient_grad,
     masked_coefficient_grad,
     masked_linear,
@@ -18,8 +20,10 @@ from fastmerge.ops import (
 )
 from fastmerge.ops._bits import packed_shape, unpack_bits
 
-from .samples import DTYPE_PAIRS, LAYOUTS, dtype_id, laid_out, random
+from .samples import DTYPE_PAIRS, LAYOUTS, dtype_id, laid_out, random, raw
 from .tolerances import assert_no_worse_than_eager
+
+_masked_linear = importlib.import_module("fastmerge.ops.masked_linear")  # not the function
 
 SHAPES = [(), (1,), (7,), (257,), (16,), (5, 7), (4, 16), (2, 8200), (0, 3), (3, 0), (4, 3, 2, 3)]
 
@@ -241,13 +245,19 @@ def one_hot(*tasks, count=3, scale=0.7):
     return rows * torch.linspace(scale, 1.3, count)
 
 
+@pytest.fixture(params=[1 << 22, 3 * 9 * 4, 1], ids=["one-panel", "3-row-panels", "1-row-panels"])
+def panels(request, monkeypatch):
+    """Run with the weight in one panel, in panels of a few rows, and in panels of one row."""
+    monkeypatch.setattr(_panel, "CPU_PANEL_BYTES", request.param)
+
+
 TRANSPOSE = pytest.mark.parametrize("transpose", [False, True], ids=["OI", "IO"])
 
 
 @TRANSPOSE
 @pytest.mark.parametrize("lead", [(1,), (6,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_one_row_of_coefficients(backend, lead, bias, transpose):
+def test_one_row_of_coefficients(backend, panels, lead, bias, transpose):
     Linear(lead, bias=bias, transpose=transpose).check()
 
 
@@ -266,7 +276,7 @@ ROWS = {
 
 @TRANSPOSE
 @pytest.mark.parametrize("rows", ROWS)
-def test_row_coefficients(backend, rows, transpose):
+def test_row_coefficients(backend, panels, rows, transpose):
     Linear(*ROWS[rows], transpose=transpose).check()
 
 
@@ -323,6 +333,31 @@ def test_a_mixed_batch_equals_one_task_at_a_time(backend):
     for x, row, y in zip(case.x, case.coefficients, mixed, strict=True):
         torch.testing.assert_close(y, case.ours(x, row[0], case.bias))
         torch.testing.assert_close(y, case.built(x, row[0], case.bias))
+
+
+@TRANSPOSE
+def test_more_rows_of_coefficients_than_are_worth_a_weight_each(monkeypatch, panels, transpose):
+    """Groups and products with every task vector are two ways to the same numbers."""
+    results = []
+    for rows in (0, 1 << 20):
+        monkeypatch.setattr(_masked_linear, "COMBINE_ROWS", rows)
+        case = Linear(*ROWS["token"], transpose=transpose)
+        case.check()
+        with torch.no_grad():
+            results.append(case.ours(case.x, case.coefficients, case.bias))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (33, 264), (3, 8201), (17000,)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:-1], ids=dtype_id)
+def test_native_equals_the_reference_byte_for_byte(dtypes, shape):
+    deltas, _ = masked(shape, 9, dtypes[1])
+    base, lam = random(shape, dtypes[0], 1), random(9, torch.float32, 2)
+    results = []
+    for name in ("native", "reference"):
+        with use_backend(name):
+            results.append(raw(weighted_sum(base, deltas, lam)))
+    assert results[0] == results[1]
 
 
 def good():

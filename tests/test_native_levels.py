@@ -16,7 +16,7 @@ from torch import Tensor
 import fastmerge.ops as ops
 from fastmerge import _native, use_backend
 from fastmerge._native import cpu
-from fastmerge.deltas import Experts
+from fastmerge.deltas import Experts, Masked
 
 from .levels import same_everywhere
 from .samples import grid, make_deltas, random, raw
@@ -82,6 +82,13 @@ CASES: dict[str, tuple[Callable[[Inputs], Tensor | tuple[Tensor, ...]], bool]] =
     ),
     "random_masks": (
         lambda i: ops.random_masks(i.experts, i.probabilities, key=KEY, base=i.base, offset=3),
+        True,
+    ),
+    "elect": (lambda i: tuple(ops.elect(Experts(i.experts), base=i.base)), False),
+    "masked_combine": (
+        lambda i: ops.weighted_sum(
+            i.base, Masked.pack(i.grad, torch.stack(i.taus) > 0), i.coefficients
+        ),
         True,
     ),
     "masked_merge": (

@@ -189,6 +189,52 @@ void random_masks(const TaskVectors& taus, uintptr_t thresholds, uintptr_t masks
                           pointer<char>(scratch), key, size, offset, width, threads});
 }
 
+int64_t mask_scratch_doubles(int64_t rows, int64_t columns, int64_t k) {
+  return fastmerge::cpu::mask_blocks({rows, columns}) * k;
+}
+
+void elect(const TaskVectors& taus, uintptr_t unified, uintptr_t masks, uintptr_t magnitudes,
+           uintptr_t scratch, int64_t rows, int64_t columns, int unified_dtype, bool leave_out,
+           int threads) {
+  expect_dtype("unified_dtype", unified_dtype);
+  py::gil_scoped_release release;
+  kernels().elect({taus.source(),
+                   pointer<void>(unified),
+                   pointer<uint8_t>(masks),
+                   pointer<double>(magnitudes),
+                   pointer<double>(scratch),
+                   {rows, columns},
+                   unified_dtype,
+                   leave_out,
+                   threads});
+}
+
+void masked_combine(uintptr_t base, uintptr_t unified, const Addresses& masks,
+                    const std::vector<float>& coefficients, uintptr_t out, uintptr_t grad,
+                    uintptr_t dots, uintptr_t scratch, int64_t rows, int64_t columns,
+                    int base_dtype, int unified_dtype, int out_dtype, int grad_dtype, int threads) {
+  for (int dtype : {base_dtype, unified_dtype, out_dtype, grad_dtype}) expect_dtype("dtype", dtype);
+  if (out != 0) expect_count("coefficients", coefficients.size(), masks.size());
+  std::vector<const uint8_t*> mask_pointers;
+  for (uintptr_t mask : masks) mask_pointers.push_back(pointer<const uint8_t>(mask));
+  py::gil_scoped_release release;
+  kernels().masked_combine({pointer<const void>(base),
+                            pointer<const void>(unified),
+                            mask_pointers.data(),
+                            coefficients.data(),
+                            pointer<void>(out),
+                            pointer<const void>(grad),
+                            pointer<double>(dots),
+                            pointer<double>(scratch),
+                            int64_t(masks.size()),
+                            {rows, columns},
+                            base_dtype,
+                            unified_dtype,
+                            out_dtype,
+                            grad_dtype,
+                            threads});
+}
+
 void masked_merge(const TaskVectors& taus, uintptr_t masks, int64_t mask_stride, uintptr_t factors,
                   uintptr_t out, int64_t size, int out_dtype, bool elect, bool normalize,
                   bool add_base, float least, float scaling, int threads) {
@@ -290,6 +336,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("random_masks", &random_masks);
   m.def("rank_scratch_bytes", &fastmerge::cpu::rank_scratch_bytes, py::arg("width"),
         "Bytes of scratch per delta that random_masks needs to rank rows of `width` entries.");
+  m.def("mask_scratch_doubles", &mask_scratch_doubles, py::arg("rows"), py::arg("columns"),
+        py::arg("k"), "The same for masks that are packed row by row.");
+  m.def("elect", &elect);
+  m.def("masked_combine", &masked_combine);
   m.def("masked_merge", &masked_merge);
   m.def("masked_sums", &masked_sums);
   m.def("row_gram", &row_gram);

@@ -15,6 +15,8 @@ void ties_masks(const TiesMasksParams& p);
 void magnitude_masks(const MagnitudeMasksParams& p);
 void tie_counts(const TieCountsParams& p);
 void random_masks(const RandomMasksParams& p);
+void elect(const ElectParams& p);
+void masked_combine(const MaskedCombineParams& p);
 void masked_merge(const MaskedMergeParams& p);
 void masked_sums(const MaskedSumsParams& p);
 void row_gram(const RowGramParams& p);

@@ -13,6 +13,8 @@ const KernelTable kTable = {
     magnitude_masks,
     tie_counts,
     random_masks,
+    elect,
+    masked_combine,
     masked_merge,
     masked_sums,
     row_gram,

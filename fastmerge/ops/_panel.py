@@ -71,7 +71,7 @@ class PanelLinear:
         if self.transpose:
             total = None
             for (start, stop), panel in self._panels(self._combine):
-                total = _add_product(total, x[:, start:stop], panel)
+                total = add_product(total, x[:, start:stop], panel)
             if total is None:
                 total = x.new_zeros(x.shape[0], self.base.shape[1], dtype=torch.float32)
             return (total if bias is None else total.add_(bias)).to(self.dtype)
@@ -116,7 +116,7 @@ class PanelLinear:
             if need_x and self.transpose:
                 torch.mm(dy, panel.t(), out=dx[:, start:stop])
             elif need_x:
-                total = _add_product(total, dy[:, start:stop], panel)
+                total = add_product(total, dy[:, start:stop], panel)
         if need_x and not self.transpose:
             dx = torch.zeros_like(x) if total is None else total.to(self.dtype)
         dlam = torch.stack(dots).sum(0) if dots else torch.zeros_like(self.coefficients)
@@ -169,11 +169,7 @@ class PanelLinear:
         rows, width = min(self.step, self.base.shape[0]), self.base.shape[1]
         if self.base.device.type != "cpu":
             return torch.empty(rows, width, dtype=self.dtype, device=self.base.device)
-        buffers = _scratch.__dict__
-        key = (slot, self.dtype)
-        if key not in buffers or buffers[key].numel() < rows * width:
-            buffers[key] = torch.empty(rows * width, dtype=self.dtype)
-        return buffers[key][: rows * width].view(rows, width)
+        return scratch_panel(slot, rows, width, self.dtype)
 
 
 class _SameStream:
@@ -242,6 +238,15 @@ def device_panel_bytes(device: torch.device) -> int:
     return max(1 << 20, torch.cuda.get_device_properties(device).L2_cache_size // 4)
 
 
+def scratch_panel(slot: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory [rows, width] on the CPU that every layer of this thread reuses, one for each slot."""
+    buffers = _scratch.__dict__
+    key = (slot, dtype)
+    if key not in buffers or buffers[key].numel() < rows * width:
+        buffers[key] = torch.empty(rows * width, dtype=dtype)
+    return buffers[key][: rows * width].view(rows, width)
+
+
 def even_step(rows: int, most: int) -> int:
     """Rows of each panel, about `most`: nearly equal panels of a multiple the GEMM likes."""
     panels = max(1, -(-rows // max(1, most)))
@@ -250,7 +255,7 @@ def even_step(rows: int, most: int) -> int:
     return rounded if rounded <= max(most, ROW_MULTIPLE) else step
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b in fp32. 16-bit products are rounded by the GEMM, their sum only at the end."""
     if total is None:
         return (a @ b).float()

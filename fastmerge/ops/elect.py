@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._bits import pack_rows, packed_shape
+from .._native.memory import fresh
+from ..backends import native_kernels
+from ._bits import mask_rows, pack_rows, packed_shape
 from ._library import (
     accumulate_dtype,
     as_task_vector,
@@ -107,6 +109,22 @@ def _reference(deltas, base, leave_out, dtype):
     return unified, torch.cat(masks), torch.stack(magnitudes, 1)
 
 
+def _compiled(deltas, base, leave_out, dtype):
+    unified, masks, _ = _fake(deltas, base, leave_out, dtype)
+    kernels = native_kernels("elect", unified, deltas[0], base)
+    if kernels is None:
+        return _reference(deltas, base, leave_out, dtype)
+    magnitudes = kernels.elect(
+        None if base is None else base.contiguous(),
+        [d.contiguous() for d in deltas],
+        unified,
+        masks,
+        mask_rows(unified.shape),
+        leave_out,
+    )
+    return unified, masks, magnitudes
+
+
 def _fake(deltas, base, leave_out, dtype):
     check_source("elect", deltas, base)
     if dtype is not None:
@@ -114,7 +132,7 @@ def _fake(deltas, base, leave_out, dtype):
     first = deltas[0]
     shape = (len(deltas), *packed_shape(first.shape))
     return (
-        first.new_empty(first.shape, dtype=dtype or first.dtype),
+        fresh(first, dtype or first.dtype),
         first.new_empty(shape, dtype=torch.uint8),
         first.new_empty((2, len(deltas)), dtype=torch.float64),
     )
@@ -124,6 +142,7 @@ register(
     "elect(Tensor[] deltas, Tensor? base, bool leave_out, ScalarType? dtype) "
     "-> (Tensor, Tensor, Tensor)",
     reference=_reference,
+    compiled=_compiled,
     fake=_fake,
 )
 register_no_gradient("elect")

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._groups import check_row_coefficients
+from ..backends import native_kernels
+from ._groups import check_row_coefficients, group_rows
 from ._library import (
     accumulate_dtype,
     as_rows,
@@ -18,7 +19,8 @@ from ._library import (
     register_gradient,
     register_no_gradient,
 )
-from .masked_weighted_sum import check_masked, task_vectors
+from ._masked_panels import COMBINE_ROWS, MaskedPanels, panel_linear
+from .masked_weighted_sum import check_masked, native_masks, task_vectors
 
 
 def masked_linear(
@@ -109,6 +111,40 @@ def _reference(x, base, unified, masks, coefficients, bias, transpose):
     return y.to(x.dtype)
 
 
+def _native(x, base, unified, masks, coefficients):
+    return native_kernels("masked_combine", x, base, unified, coefficients)
+
+
+def _every_row(coefficients: Tensor, lead: torch.Size) -> Tensor:
+    """Row coefficients as fp32 [R, K]."""
+    return as_rows(coefficients.float().expand(*lead, coefficients.shape[-1]))
+
+
+def _compiled(x, base, unified, masks, coefficients, bias, transpose):
+    _check(x, base, unified, masks, coefficients, bias, transpose)
+    kernels = _native(x, base, unified, masks, coefficients)
+    if kernels is None:
+        return _reference(x, base, unified, masks, coefficients, bias, transpose)
+    rows, weights = as_rows(x), (base.contiguous(), unified.contiguous(), native_masks(masks))
+    bias = None if bias is None else bias.to(x.dtype)
+    if coefficients.dim() == 1:
+        y = panel_linear(kernels, *weights, coefficients, transpose, x.dtype).forward(rows, bias)
+    else:
+        y = _row_product(kernels, rows, *weights, coefficients, x.shape[:-1], transpose, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _row_product(kernels, rows, base, unified, masks, coefficients, lead, transpose, bias=None):
+    """Rows times their own weights: group by group, or all with every task vector if that is
+    less work."""
+    panels = MaskedPanels(kernels, base, unified, masks, rows.dtype)
+    groups = group_rows(coefficients, lead)
+    if len(groups.sizes) * COMBINE_ROWS > rows.shape[0] * masks.shape[0]:
+        y = panels.stacked(rows, _every_row(coefficients, lead), transpose)[0]
+        return y if bias is None else y.add_(bias)
+    return panels.grouped(rows, groups, transpose, bias)
+
+
 def _fake(x, base, unified, masks, coefficients, bias, transpose):
     _check(x, base, unified, masks, coefficients, bias, transpose)
     return x.new_empty((*x.shape[:-1], base.shape[1 if transpose else 0]))
@@ -141,6 +177,7 @@ register(
     "masked_linear(Tensor x, Tensor base, Tensor unified, Tensor masks, Tensor coefficients, "
     "Tensor? bias, bool transpose) -> Tensor",
     reference=_reference,
+    compiled=_compiled,
     fake=_fake,
 )
 register_gradient("masked_linear", _backward, _setup_context)
@@ -189,6 +226,34 @@ def _backward_reference(
     return grad_x, grad_lam
 
 
+def _backward_compiled(
+    grad, x, base, unified, masks, coefficients, transpose, need_x, need_coefficients
+):
+    _backward_check(grad, x, base, unified, masks, coefficients, transpose)
+    kernels = _native(x, base, unified, masks, coefficients)
+    if kernels is None:
+        return _backward_reference(
+            grad, x, base, unified, masks, coefficients, transpose, need_x, need_coefficients
+        )
+    dy, rows, lead = as_rows(grad), as_rows(x), x.shape[:-1]
+    weights = base.contiguous(), unified.contiguous(), native_masks(masks)
+    dx = dlam = None
+    if coefficients.dim() == 1:
+        panels = panel_linear(kernels, *weights, coefficients, transpose, x.dtype)
+        dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
+    elif need_coefficients:
+        panels = MaskedPanels(kernels, *weights, x.dtype)
+        lam = _every_row(coefficients, lead)
+        dx, dots = panels.stacked(dy, lam, not transpose, other=rows)
+        dlam = dots.view(*lead, dots.shape[-1]).sum_to_size(coefficients.shape)
+    else:
+        dx = _row_product(kernels, dy, *weights, coefficients, lead, not transpose)
+    return (
+        dx.view(x.shape) if need_x else x.new_empty(0),
+        dlam.float() if need_coefficients else x.new_empty(0, dtype=torch.float32),
+    )
+
+
 def _backward_fake(
     grad, x, base, unified, masks, coefficients, transpose, need_x, need_coefficients
 ):
@@ -205,6 +270,7 @@ register(
     "Tensor coefficients, bool transpose, bool need_x, bool need_coefficients) "
     "-> (Tensor, Tensor)",
     reference=_backward_reference,
+    compiled=_backward_compiled,
     fake=_backward_fake,
 )
 register_no_gradient("masked_linear_backward")

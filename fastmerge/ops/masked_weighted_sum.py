@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._bits import packed_shape, unpack_rows
+from .._native.memory import fresh
+from ..backends import native_kernels
+from ._bits import mask_rows, packed_shape, unpack_rows
 from ._library import (
     accumulate_dtype,
     check,
@@ -102,6 +104,11 @@ def task_vectors(unified: Tensor, masks: Tensor, dtype: torch.dtype):
         yield torch.where(unpack_rows(row, unified.shape)[0], unified.to(dtype), 0)
 
 
+def native_masks(masks: Tensor) -> Tensor:
+    """The masks with each task's bytes in one piece, as the kernels read them."""
+    return masks if masks[0].is_contiguous() else masks.contiguous()
+
+
 def _check(base, unified, masks, coefficients):
     check_masked("masked_weighted_sum", base, unified, masks)
     check_coefficients("masked_weighted_sum", coefficients, masks.shape[0], base.device)
@@ -115,6 +122,26 @@ def _reference(base, unified, masks, coefficients, dtype):
         chosen = unpack_rows(row, unified.shape)[0] & (coefficient != 0)
         total = torch.where(chosen, total + coefficient * wide, total)
     return total.to(dtype or base.dtype, copy=True)
+
+
+def _compiled(base, unified, masks, coefficients, dtype):
+    _check(base, unified, masks, coefficients)
+    out = fresh(base, dtype or base.dtype)
+    kernels = native_kernels("masked_combine", base, unified, coefficients, out)
+    if kernels is None:
+        return _reference(base, unified, masks, coefficients, dtype)
+    lam = coefficients.float().tolist()
+    used = [k for k, value in enumerate(lam) if value != 0]
+    masks = native_masks(masks)
+    kernels.masked_combine(
+        unified.contiguous(),
+        [masks[k] for k in used],
+        mask_rows(base.shape),
+        base=base.contiguous(),
+        coefficients=[lam[k] for k in used],
+        out=out,
+    )
+    return out
 
 
 def _fake(base, unified, masks, coefficients, dtype):
@@ -139,6 +166,7 @@ register(
     "masked_weighted_sum(Tensor base, Tensor unified, Tensor masks, Tensor coefficients, "
     "ScalarType? dtype) -> Tensor",
     reference=_reference,
+    compiled=_compiled,
     fake=_fake,
 )
 register_gradient("masked_weighted_sum", _backward, _setup_context)
@@ -156,6 +184,20 @@ def _grad_reference(grad, unified, masks):
     return torch.stack([(g * tau).sum() for tau in taus])
 
 
+def _grad_compiled(grad, unified, masks):
+    _grad_check(grad, unified, masks)
+    kernels = native_kernels("masked_combine", grad, unified)
+    if kernels is None:
+        return _grad_reference(grad, unified, masks)
+    dots = kernels.masked_combine(
+        unified.contiguous(),
+        native_masks(masks).unbind(),
+        mask_rows(grad.shape),
+        grad=grad.contiguous(),
+    )
+    return dots.float()
+
+
 def _grad_fake(grad, unified, masks):
     _grad_check(grad, unified, masks)
     return grad.new_empty(masks.shape[0], dtype=accumulate_dtype(grad, unified))
@@ -164,6 +206,7 @@ def _grad_fake(grad, unified, masks):
 register(
     "masked_coefficient_grad(Tensor grad_weight, Tensor unified, Tensor masks) -> Tensor",
     reference=_grad_reference,
+    compiled=_grad_compiled,
     fake=_grad_fake,
 )
 register_no_gradient("masked_coefficient_grad")

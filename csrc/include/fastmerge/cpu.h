@@ -217,6 +217,62 @@ struct MaskedMergeParams {
   int threads;
 };
 
+// Masks packed row by row, a row of `columns` entries in ceil(columns / 8) bytes: entry i of a row
+// is bit i % 8 of its byte i / 8. Rows that fill their bytes follow each other without a gap, so
+// all of them count as one row.
+struct MaskRows {
+  int64_t rows;
+  int64_t columns;
+};
+
+static inline MaskRows joined_rows(MaskRows shape) {
+  if (shape.columns % 8 != 0) return shape;
+  return {1, shape.rows * shape.columns};
+}
+
+// Blocks in which the rows are worked on and their sums added up.
+static inline int64_t mask_blocks(MaskRows shape) {
+  shape = joined_rows(shape);
+  return shape.rows * block_count(shape.columns);
+}
+
+// total = sum_k tau_k, a NaN taken as 0; unified = the largest tau_k where total > 0, else the
+// smallest, 0 if none has that sign, and 0 where total = 0 with `leave_out`. masks: whether tau_k
+// has the sign of unified; unused bits are 0. magnitudes[0, k] = sum of |tau_k|,
+// magnitudes[1, k] = sum of the stored |unified| where the mask is set.
+struct ElectParams {
+  Source source;
+  void* unified;
+  uint8_t* masks;      // [K, rows, ceil(columns / 8)]
+  double* magnitudes;  // [2, K]
+  double* scratch;     // [mask_blocks, 2, K]
+  MaskRows shape;
+  int unified_dtype;
+  bool leave_out;
+  int threads;
+};
+
+// With `out`: out = base + sum_k coefficients[k] unified where masks[k], in the order of k; entries
+// of no mask keep their bytes if the dtype is the same; out may be base. With `grad`:
+// dots[k] = <grad, unified where masks[k]>. With both, one read of what they share.
+struct MaskedCombineParams {
+  const void* base;  // null: zeros
+  const void* unified;
+  const uint8_t* const* masks;  // [K]
+  const float* coefficients;    // [K], with `out`
+  void* out;                    // null: no sum
+  const void* grad;             // null: no products
+  double* dots;                 // [K]
+  double* scratch;              // [mask_blocks, K]
+  int64_t k;
+  MaskRows shape;
+  int base_dtype;
+  int unified_dtype;
+  int out_dtype;
+  int grad_dtype;
+  int threads;
+};
+
 // sums[row, 0, k] = sum over the row of |tau_k|, or its square; sums[row, 1, k] over masked
 // entries.
 struct MaskedSumsParams {
@@ -296,6 +352,8 @@ struct KernelTable {
   void (*magnitude_masks)(const MagnitudeMasksParams&);
   void (*tie_counts)(const TieCountsParams&);
   void (*random_masks)(const RandomMasksParams&);
+  void (*elect)(const ElectParams&);
+  void (*masked_combine)(const MaskedCombineParams&);
   void (*masked_merge)(const MaskedMergeParams&);
   void (*masked_sums)(const MaskedSumsParams&);
   void (*row_gram)(const RowGramParams&);

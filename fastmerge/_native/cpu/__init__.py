@@ -6,9 +6,11 @@ argument that differ in dtype are widened to fp32 first, which is exact.
 
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
+from .elect import elect
 from .magnitude_bracket import magnitude_bracket
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_masks import magnitude_masks, tie_counts
+from .masked_combine import masked_combine
 from .masked_merge import masked_merge, masked_sums
 from .random_masks import random_masks
 from .row_gram import exact_sums, row_gram
