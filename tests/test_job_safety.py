@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from fastmerge.checkpoint import CheckpointError
 from fastmerge.checkpoint.writer import partial_folder
 from fastmerge.jobs import engine, store
-from fastmerge.jobs.journal import Journal, read_journals
+from fastmerge.jobs.journal import Journal, is_ours, read_journals, replaced_names
 from fastmerge.methods import Average, TaskArithmetic, Ties
 
 from .jobs import Slow, hash_folder, make_plan, quick_commits, small_blocks, start_job, write_models
@@ -215,6 +215,46 @@ def test_a_disk_that_fails_costs_nothing(tmp_path, monkeypatch, function, code, 
     assert hash_folder(tmp_path / "out") == hash_folder(tmp_path / "expected")
 
 
+def test_an_output_that_cannot_take_its_place_gives_it_back(tmp_path, monkeypatch):
+    """The second of three renames fails."""
+    folders = write_models(tmp_path)
+    run(make_plan(folders, Average()), tmp_path / "out")
+    before, rename, calls = hash_folder(tmp_path / "out"), os.rename, iter(range(9))
+
+    def failing(*arguments, **keywords):
+        if next(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.os.rename", failing)
+        with pytest.raises(CheckpointError, match="Input/output error; the output needs"):
+            run(make_plan(folders, Ties()), tmp_path / "out", overwrite=True)
+    assert hash_folder(tmp_path / "out") == before
+    assert names(tmp_path) == sorted([*folders, ".out.partial", "out"])
+    run(make_plan(folders, Ties()), tmp_path / "out", overwrite=True, resume=True)
+    run(make_plan(folders, Ties()), tmp_path / "expected")
+    assert hash_folder(tmp_path / "out") == hash_folder(tmp_path / "expected")
+
+
+def test_a_journal_that_has_no_room_for_a_line_says_so(tmp_path):
+    """The system then writes a part of it and reports no error."""
+    journal = Journal(tmp_path, 0)
+    journal.claim()
+    size = (tmp_path / ".journal.0.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            journal.replaces(".out.previous-0123456789abcdef")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        journal.close()
+    assert (tmp_path / ".journal.0.jsonl").stat().st_size == size + 10
+    Journal(tmp_path, 0).close()
+    assert is_ours(tmp_path) and not replaced_names(tmp_path)
+
+
 def test_a_disk_without_room_is_noticed_first(tmp_path, monkeypatch):
     folders = write_models(tmp_path)
     usage = type("usage", (), {"free": 1234})
@@ -281,6 +321,19 @@ def test_verification_finds_a_disk_that_lies(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"tensor 'long', rows .* read back with sha256"):
             run(plan, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_tells_bytes_tensors_speed_and_the_time_left(tmp_path, monkeypatch, capsys):
+    folders = write_models(tmp_path)
+    plan = make_plan(folders, Ties())
+    killed(monkeypatch, plan, tmp_path / "out", 60)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    run(plan, tmp_path / "out", resume=True)
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    last = [line for line in re.split(r"[\r\n]", shown) if "merging" in line][-1]
+    assert re.search(r"merging .* (\d[\d.]*)/\1 .B .* [kM]B/s 7/7 tensors 0:00:0\d", last), last
 
 
 def test_blocks_without_a_digest_are_made_again_for_verification(tmp_path, monkeypatch):

@@ -157,7 +157,12 @@ def publish(partial: Path, out: Path, previous: Path) -> None:
     """
     if out.exists():
         out.rename(previous)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        if previous.exists():
+            previous.rename(out)
+        raise
     sync_folder(out.parent)
     if previous.exists():
         shutil.rmtree(previous)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -58,7 +59,11 @@ class Journal:
         os.close(self._descriptor)
 
     def _append(self, line: dict[str, Any]) -> None:
-        os.write(self._descriptor, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        text = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        if os.write(self._descriptor, text) != len(
+            text
+        ):  # half a line is all the disk has room for
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._descriptor)
 
 

@@ -97,6 +97,8 @@ class Work:
         self._reader = Reader(plan, options.device)
         self._budget, self._stop = Budget(options.max_memory), threading.Event()
         self._own = threading.local()
+        self._left: dict[int, int] = {}  # blocks of each tensor that are still to be merged
+        self._counting = threading.Lock()
         owners = ranks.owners([cut.read_bytes for cut in cuts])
         self.mine = [index for index, owner in enumerate(owners) if owner == ranks.rank]
         self._groups = self._make_groups()
@@ -161,10 +163,14 @@ class Work:
         for index in self.mine:
             cut, phase = self._cuts[index], self._group_of[index].phases[-1]
             left = [b for b in range(cut.count) if (index, b) not in self._store.done]
+            self._left[index] = len(left)
             if not left:
                 self._progress.read(cut.read_bytes * (len(phase.steps) + 1))
                 self._progress.wrote()
-            elif phase.steps:  # a tensor that must be measured is one piece
+            else:
+                done = cut.count - len(left)
+                self._progress.read(cut.read_bytes // cut.count * done)
+            if left and phase.steps:  # a tensor that must be measured is one piece
                 left = [0]
             for block in left:
                 if tasks[-1] and filled + cut.entries > LEAST_ENTRIES:
@@ -259,12 +265,13 @@ class Work:
                 self._reader.release(output, cut, 0, cut.count)
             return
         left = [block for block in range(start, stop) if (index, block) not in self._store.done]
-        self._progress.read(cut.read_bytes // max(cut.count, 1) * (stop - start - len(left)))
         for block in left:
             self._merge(index, block, group.stats, check, block + 1 < stop)
             self._reader.release(output, cut, block, block + 1)
-        if stop == cut.count:
-            self._progress.wrote()
+        with self._counting:
+            self._left[index] -= len(left)
+            if not self._left[index]:
+                self._progress.wrote()
 
     def _measure(
         self, output: Output, cut: Cut, step: Pass, stats: Statistics, check: bool
