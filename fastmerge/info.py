@@ -65,7 +65,14 @@ def _runs_on(name: str, compiled: bool) -> str:
     return f"cpu: {cpu}, cuda: {' or '.join(k for k, v in able.items() if v) or 'reference'}"
 
 
-_TRITON = ("merged_linear", "merged_linear_backward", "softmax_entropy", "softmax_entropy_backward")
+_TRITON = (
+    "lowrank_linear",
+    "lowrank_linear_backward",
+    "merged_linear",
+    "merged_linear_backward",
+    "softmax_entropy",
+    "softmax_entropy_backward",
+)
 _CUDA = (
     "weighted_sum",
     "weighted_sum_out",

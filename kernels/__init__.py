@@ -16,6 +16,7 @@ from .launching import device_limits, is_aligned, refusal
 
 _HOMES = {
     "coefficient_grad": ("linear_coefficient_grad",),
+    "lowrank_linear": ("lowrank_linear_forward",),
     "merged_linear": ("merged_linear_backward_x", "merged_linear_forward"),
     "row_linear": ("row_linear_backward", "row_linear_forward"),
     "softmax_entropy": ("softmax_entropy_backward", "softmax_entropy_forward"),

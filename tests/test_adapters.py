@@ -69,9 +69,10 @@ def adapters(folder, configs):
     """Paths of adapters with random factors and changed saved modules."""
     paths = []
     for k, config in enumerate(configs):
-        torch.manual_seed(10 + k)
         given = {"r": 3, "lora_alpha": 5, "init_lora_weights": False} | config
-        model = get_peft_model(base_net(), LoraConfig(**given))
+        net = base_net()
+        torch.manual_seed(10 + k)
+        model = get_peft_model(net, LoraConfig(**given))
         path = folder / f"adapter{k}"
         model.save_pretrained(path)
         tensors = load_file(path / "adapter_model.safetensors")

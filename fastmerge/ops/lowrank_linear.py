@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import triton_kernels
 from ._groups import Groups, check_row_coefficients, group_rows
 from ._library import (
     accumulate_dtype,
@@ -27,6 +28,7 @@ from ._library import (
     register_no_gradient,
 )
 from ._panel import device_panel_bytes, even_step
+from .merged_linear import allow_tf32
 
 # What the CPU's grouping costs, in multiply-adds an entry: moving rows into groups and back, and
 # the rows that a smaller group is no cheaper than.
@@ -155,6 +157,15 @@ def _product(x, weight, down, up, ranks, coefficients, bias):
     if coefficients.dim() == 1 and _building_is_cheaper(rows.shape[0], weight, sum(ranks)):
         y = _by_panels(rows, weight, down, up, ranks, coefficients, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
+    if coefficients.dim() > 1:
+        tensors = {"x": rows, "base": weight, "down": down, "up": up}
+        kernels = triton_kernels("lowrank_linear_forward", tensors)
+        if kernels is not None:
+            lam = as_rows(coefficients.expand(*x.shape[:-1], len(ranks)))
+            y = kernels.lowrank_linear_forward(
+                rows, weight, down, up, ranks, lam.float(), bias, allow_tf32()
+            )
+            return y.view(*x.shape[:-1], y.shape[-1])
     weight, down, up = (t.to(x.dtype) for t in (weight, down, up))
     groups = None
     if coefficients.dim() > 1 and coefficients.device.type == "cpu":

@@ -151,7 +151,7 @@ def _every_row(coefficients: Tensor, x: Tensor) -> Tensor:
     return as_rows(coefficients.expand(*x.shape[:-1], coefficients.shape[-1]))
 
 
-def _tf32() -> bool:
+def allow_tf32() -> bool:
     """torch's own switch decides whether fp32 products may run in tf32."""
     return torch.backends.cuda.matmul.allow_tf32
 
@@ -200,7 +200,7 @@ def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
         fused = strategy == "fused"
         launch = kernels.merged_linear_forward if fused else kernels.row_linear_forward
         lam = (coefficients if fused else _every_row(coefficients, x)).float()
-        y = launch(rows, base, deltas, lam, bias, experts, transpose, _tf32())
+        y = launch(rows, base, deltas, lam, bias, experts, transpose, allow_tf32())
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -305,17 +305,19 @@ def _backward_compiled(
     elif strategy == "stacked":
         lam = _every_row(coefficients, x).float()
         dx, dlam = kernels.row_linear_backward(
-            dy, rows, base, deltas, lam, experts, transpose, _tf32()
+            dy, rows, base, deltas, lam, experts, transpose, allow_tf32()
         )
         dlam = dlam.view(*x.shape[:-1], len(deltas)).sum_to_size(coefficients.shape)
     else:
         if need_x:
             dx = kernels.merged_linear_backward_x(
-                dy, base, deltas, coefficients.float(), experts, transpose, _tf32()
+                dy, base, deltas, coefficients.float(), experts, transpose, allow_tf32()
             )
         if need_coefficients:
             origin = base if experts else None
-            dlam = kernels.linear_coefficient_grad(dy, rows, origin, deltas, transpose, _tf32())
+            dlam = kernels.linear_coefficient_grad(
+                dy, rows, origin, deltas, transpose, allow_tf32()
+            )
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
         dlam.float().view(coefficients.shape)

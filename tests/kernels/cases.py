@@ -12,6 +12,7 @@ import torch
 
 from fastmerge.kernels import (
     coefficient_grad,
+    lowrank_linear,
     merged_linear,
     partial_sums,
     row_linear,
@@ -91,6 +92,10 @@ def _configurations(case: Case, rows: int) -> list[Config]:
     if case.kernel == "coefficient_grad":
         x, _, delta = case.dtypes
         return coefficient_grad.configurations(rows, 1024, x, delta, case.aligned, limit)
+    if case.kernel == "lowrank_linear":
+        x, base, factor = case.dtypes
+        weights = (base, factor, factor)
+        return lowrank_linear.configurations(rows, x, weights, case.aligned, limit)
     if case.kernel == "row_linear":
         return row_linear.configurations(rows, *case.dtypes, case.aligned, limit)
     arguments = rows, *case.dtypes, case["count"], case.aligned, case.target // 10, limit
@@ -156,6 +161,22 @@ def _row_linear_cases(target: int) -> Iterator[Case]:
     yield from of("backward", 64, x="fp32", weights="fp32", precision="tf32")
 
 
+def _lowrank_linear_cases(target: int) -> Iterator[Case]:
+    def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
+        for case in _of("lowrank_linear", form, target, rows, **options):
+            if form == "thin":  # the same launch with another tile
+                case = replace(case, config=replace(case.config, out=lowrank_linear.COLUMNS))
+            yield case
+
+    for form in ("thin", "output", "output backward"):
+        for rows in (16, 64, 1024):
+            yield from of(form, rows)
+        yield from of(form, 64, x="fp32", weights="fp32")
+        yield from of(form, 64, layout="odd")
+    yield from of("output", 1024, weights="fp32")
+    yield from of("output", 64, x="fp32", weights="fp32", precision="tf32")
+
+
 def combinations() -> list[Case]:
     """Kernel, target, layout, dtypes, number of experts and every configuration for them."""
     every: dict[str, Case] = {}
@@ -209,6 +230,7 @@ def cases() -> list[Case]:
             _merged_linear_cases,
             _coefficient_grad_cases,
             _row_linear_cases,
+            _lowrank_linear_cases,
             _streaming_cases,
         )
         for case in (case for generate in generators for case in generate(target)):

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from fastmerge.kernels import (
     coefficient_grad,
+    lowrank_linear,
     merged_linear,
     partial_sums,
     row_linear,
@@ -151,6 +152,53 @@ def _row_linear(case: Case) -> Launch:
     )
 
 
+def _lowrank_linear(case: Case) -> Launch:
+    blocks = {
+        "PRECISION": case["precision"],
+        "BLOCK_O": case.config.out,
+        "BLOCK_R": case.config.rows,
+        "BLOCK_I": case.config.inner,
+    }
+    factor = case["weights"]
+    if case.form == "thin":
+        return Launch(
+            lowrank_linear._thin_kernel,
+            {
+                "x_ptr": case["x"],
+                "down_ptr": factor,
+                "coefficients_ptr": "fp32",
+                "owner_ptr": "i32",
+                "thin_ptr": case["x"],
+                "used_ptr": "i32",
+            },
+            {"inner", "total", "stride_xr", "stride_do"},
+            {"stride_xi": 1, "stride_di": 1, "COUNT": case["count"], **blocks},
+        )
+    backward = case.form.endswith("backward")
+    contiguous = ("stride_wo", "stride_uo") if backward else ("stride_wi", "stride_ui")
+    return Launch(
+        lowrank_linear._lowrank_linear_kernel,
+        {
+            "x_ptr": case["x"],
+            "base_ptr": case["base"] or factor,
+            "thin_ptr": case["x"],
+            "up_ptr": factor,
+            "used_ptr": "i32",
+            "bias_ptr": None if backward else case["x"],
+            "y_ptr": case["x"],
+        },
+        {"inner", "outer", "total", "stride_xr", "stride_wo", "stride_wi", "stride_uo"}
+        | {"stride_ui"},
+        {
+            "stride_xi": 1,
+            **dict.fromkeys(contiguous, 1),
+            "HAS_BIAS": not backward,
+            "BLOCK_C": lowrank_linear.COLUMNS,
+            **blocks,
+        },
+    )
+
+
 def _softmax_entropy(case: Case) -> Launch:
     pointers = {"logits_ptr": case["x"], "entropy_ptr": "fp32", "normalizer_ptr": "fp32"}
     function = softmax_entropy._softmax_entropy_kernel
@@ -176,6 +224,7 @@ LAUNCHES = {
     "merged_linear": _merged_linear,
     "coefficient_grad": _coefficient_grad,
     "row_linear": _row_linear,
+    "lowrank_linear": _lowrank_linear,
     "softmax_entropy": _softmax_entropy,
     "partial_sums": _partial_sums,
 }

@@ -14,6 +14,7 @@ import triton
 from fastmerge.kernels import (
     coefficient_grad,
     launching,
+    lowrank_linear,
     merged_linear,
     row_linear,
     softmax_entropy,
@@ -31,7 +32,7 @@ CASES = {case.name: case for case in [*cases.cases(), *cases.sample()]}
 MATRIX = [
     name
     for name, case in CASES.items()
-    if case.kernel in ("merged_linear", "coefficient_grad", "row_linear")
+    if case.kernel in ("merged_linear", "coefficient_grad", "row_linear", "lowrank_linear")
     and not (case["x"] == "fp32" and case["precision"] == "ieee")
 ]
 
@@ -101,6 +102,8 @@ def needed(case: cases.Case) -> int | None:
         return merged_linear.needed_shared_memory(case.config, x, base, delta * in_flight)
     if case.kernel == "coefficient_grad":
         return coefficient_grad.needed_shared_memory(case.config, x)
+    if case.kernel == "lowrank_linear":
+        return lowrank_linear.needed_shared_memory(case.config, x, max(base, delta))
     if case.kernel == "row_linear":
         return row_linear.needed_shared_memory(case.config, x, base + delta)
     return None
@@ -136,6 +139,10 @@ def test_configurations_never_change_the_order_of_a_sum(capability, limit):
                     configs = merged_linear.configurations(*arguments)
                     assert 1 <= len(configs) <= 4 and len({c.inner for c in configs}) == 1
                 for aligned in (False, True):
+                    weights = (delta_dtype,) * 3
+                    configs = lowrank_linear.configurations(rows, dtype, weights, aligned, limit)
+                    assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
+                    assert lowrank_linear.COLUMNS % configs[0].inner == 0
                     configs = row_linear.configurations(rows, *dtypes, aligned, limit)
                     assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
             for outer, aligned in itertools.product((10, 1000), (False, True)):

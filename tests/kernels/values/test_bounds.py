@@ -58,6 +58,18 @@ def test_linear_kernels(sizes, transpose, device):
     assert all(torch.isfinite(result).all() for result in results)
 
 
+def test_low_rank_kernel(device):
+    def make(*shape, seed):
+        return at_the_edge(whole(*shape, seed=seed, dtype=torch.bfloat16, device=device))
+
+    for rows, inner, outer in SIZES:
+        x, base, bias = make(rows, inner, seed=1), make(outer, inner, seed=2), make(outer, seed=3)
+        down, up = make(5, inner, seed=4), make(outer, 5, seed=5)
+        lam = at_the_edge(normal(rows, 2, seed=7, dtype=torch.float32, device=device))
+        y = kernels.lowrank_linear_forward(x, base, down, up, [2, 3], lam, bias)
+        assert torch.isfinite(y).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (5, 1300)], ids=str)
 def test_softmax_entropy(shape, device):
     logits = at_the_edge(normal(*shape, seed=1, dtype=torch.float16, device=device))
