@@ -21,12 +21,12 @@ from .launching import (
     check,
     check_deltas,
     check_shape,
-    choose,
     device_limits,
+    fitting,
     is_aligned,
     like_layout,
-    on_device,
     power_of_two,
+    run,
 )
 from .partial_sums import sum_partials
 from .tiles import nth_pointer, task_vector_tile
@@ -136,14 +136,13 @@ def configurations(
     """
     block_o, block_i, block_r, warps = tile(outer, inner, dtype, delta_dtype, aligned)
     configs = [Config(block_o, block_i, block_r, warps, stages) for stages in STAGES]
-    needed = {config: needed_shared_memory(config, dtype.itemsize) for config in configs}
-    fitting = [config for config in configs if needed[config] <= limit]
-    if not fitting:
-        raise RuntimeError(
-            f"linear_coefficient_grad: {dtype} needs {min(needed.values())} bytes of shared memory "
-            f"per block, found {limit}"
-        )
-    return fitting
+    return fitting(
+        "linear_coefficient_grad",
+        f"{dtype} needs",
+        configs,
+        lambda config: needed_shared_memory(config, dtype.itemsize),
+        limit,
+    )
 
 
 def linear_coefficient_grad(
@@ -214,8 +213,6 @@ def linear_coefficient_grad(
             **config.launch,
         )
 
-    with on_device(dy):
-        key = (op, dy.device, dy.dtype, origin.dtype, deltas[0].dtype, len(deltas))
-        key += (base is None, tf32, power_of_two(rows), outer, inner)
-        launch(choose(key, configs, launch))
-        return sum_partials(partials)
+    key = (op, dy.dtype, origin.dtype, deltas[0].dtype, len(deltas), base is None, tf32)
+    run(dy, (*key, power_of_two(rows), outer, inner), configs, launch)
+    return sum_partials(partials)

@@ -177,6 +177,109 @@ def choose(key: Hashable, configs: Sequence[Config], launch: Callable[[Config], 
     return _chosen[key]
 
 
+def fitting(
+    op: str, what: str, configs: Sequence[Config], needed: Callable[[Config], int], limit: int
+) -> list[Config]:
+    """The configurations whose shared memory a block may use.
+
+    Args:
+        op, what: for the message: what needs the memory.
+        needed: bytes of a configuration.
+        limit: bytes of shared memory a block may use.
+
+    Raises:
+        RuntimeError: none fits.
+    """
+    found = [config for config in configs if needed(config) <= limit]
+    if not found:
+        raise RuntimeError(
+            f"{op}: {what} {min(map(needed, configs))} bytes of shared memory per block, "
+            f"found {limit}"
+        )
+    return found
+
+
+def run(
+    like: Tensor, key: Hashable, configs: Sequence[Config], launch: Callable[[Config], None]
+) -> None:
+    """Launch the configuration that `choose` takes, on a tensor's device."""
+    with on_device(like):
+        launch(choose((like.device, key), configs, launch))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Checked arguments of a kernel that multiplies activations with K + 1 weights.
+
+    Attributes:
+        x: [rows, inner], neighbours in a row are neighbours in memory.
+        base, deltas: weights of one pair of strides, that of an output and that of an input first.
+        coefficients: fp32, contiguous.
+        dtypes: of x, base and deltas as they were given.
+        aligned: whether x and the weights can be copied 16 bytes at a time.
+    """
+
+    x: Tensor
+    base: Tensor
+    deltas: tuple[Tensor, ...]
+    coefficients: Tensor
+    bias: Tensor | None
+    rows: int
+    inner: int
+    outer: int
+    strides: tuple[int, int]
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    aligned: bool
+
+
+def linear_arguments(
+    op: str,
+    x: Tensor,
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    coefficients: Tensor,
+    bias: Tensor | None,
+    transpose: bool,
+    other: Tensor | None = None,
+) -> Linear:
+    """Check and lay out the arguments of a linear layer's kernel.
+
+    Args:
+        x: [R, I].
+        base, deltas: [O, I], or [I, O] with `transpose`.
+        coefficients: [K] or [R, K], which the caller checks.
+        bias: [O] or None.
+        other: [R, O] or None.
+
+    Raises:
+        RuntimeError: names the argument that does not fit.
+    """
+    named = {"base": base, "coefficients": coefficients, "bias": bias, "other": other}
+    check(op, {"x": x, **named}, deltas)
+    check_deltas(op, deltas, base.shape)
+    inner, outer = base.shape if transpose else reversed(base.shape)
+    rows = x.shape[0]
+    check_shape(op, "x", x, [rows, inner])
+    check_shape(op, "bias", bias, [outer])
+    check_shape(op, "other", other, [rows, outer])
+    dtypes = x.dtype, base.dtype, deltas[0].dtype
+    x = by_rows(x)
+    base, deltas = like_layout(base, deltas)
+    return Linear(
+        x,
+        base,
+        deltas,
+        coefficients.float().contiguous(),
+        None if bias is None else bias.contiguous(),
+        rows,
+        inner,
+        outer,
+        base.stride()[::-1] if transpose else base.stride(),
+        dtypes,
+        is_aligned(x, base, *deltas),
+    )
+
+
 def _milliseconds(config: Config, launch: Callable[[Config], None], repeats: int = 5) -> float:
     """Median time of a few launches, after one that compiles; infinity if it does not fit."""
     from triton.runtime.errors import OutOfResources

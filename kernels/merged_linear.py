@@ -18,17 +18,13 @@ from torch import Tensor
 
 from .launching import (
     Config,
-    by_rows,
     cdiv,
-    check,
-    check_deltas,
     check_shape,
-    choose,
     device_limits,
-    is_aligned,
-    like_layout,
-    on_device,
+    fitting,
+    linear_arguments,
     power_of_two,
+    run,
 )
 from .partial_sums import sum_partials
 from .tiles import merged_tile
@@ -182,14 +178,8 @@ def configurations(
         narrow = out * width <= 32 * warps * WIDE_TILE_SUMS
         if narrow or (count <= WIDE_TILE_EXPERTS and weight_bytes == 2):
             configs.append(Config(out, width, inner, warps, stages))
-    needed = {config: needed_shared_memory(config, *sizes) for config in configs}
-    fitting = [config for config, size in needed.items() if size <= limit]
-    if not fitting:
-        raise RuntimeError(
-            f"merged_linear: {count} deltas in {delta_dtype} need {min(needed.values())} bytes of "
-            f"shared memory per block, found {limit}"
-        )
-    return fitting
+    what = f"{count} deltas in {delta_dtype} need"
+    return fitting("merged_linear", what, configs, lambda c: needed_shared_memory(c, *sizes), limit)
 
 
 def split_count(rows: int, inner: int, outer: int, block: int) -> int:
@@ -200,47 +190,36 @@ def split_count(rows: int, inner: int, outer: int, block: int) -> int:
 
 
 def _launch(op, x, base, deltas, coefficients, bias, experts, transpose, tf32):
-    check(op, {"x": x, "base": base, "coefficients": coefficients, "bias": bias}, deltas)
+    layer = linear_arguments(op, x, base, deltas, coefficients, bias, transpose)
     check_shape(op, "coefficients", coefficients, [len(deltas)])
-    check_deltas(op, deltas, base.shape)
-    inner, outer = base.shape if transpose else reversed(base.shape)
-    rows = x.shape[0]
-    check_shape(op, "x", x, [rows, inner])
-    check_shape(op, "bias", bias, [outer])
-    dtypes = x.dtype, base.dtype, deltas[0].dtype
-    x = by_rows(x)
-    base, deltas = like_layout(base, deltas)
-    aligned = is_aligned(x, base, *deltas)
-    configs = configurations(rows, *dtypes, len(deltas), aligned, *device_limits(x.device))
-    group = expert_group(len(deltas), aligned)
+    x, rows, inner, outer, dtypes = layer.x, layer.rows, layer.inner, layer.outer, layer.dtypes
+    limits = device_limits(x.device)
+    configs = configurations(rows, *dtypes, len(deltas), layer.aligned, *limits)
+    group = expert_group(len(deltas), layer.aligned)
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y
-    stride_o, stride_i = reversed(base.stride()) if transpose else base.stride()
     splits = split_count(rows, inner, outer, configs[0].inner)
     steps = cdiv(cdiv(inner, configs[0].inner), splits)
     target = y
     if splits > 1:
         target = torch.empty(splits, rows, outer, dtype=torch.float32, device=x.device)
-    coefficients = coefficients.float().contiguous()
-    fused_bias = None if bias is None or splits > 1 else bias.contiguous()
+    fused_bias = layer.bias if splits == 1 else None
 
     def launch(config: Config) -> None:
         _merged_linear_kernel[(cdiv(rows, config.rows) * cdiv(outer, config.out), splits)](
             x,
-            base,
-            deltas,
-            coefficients,
+            layer.base,
+            layer.deltas,
+            layer.coefficients,
             fused_bias,
             target,
             rows,
             inner,
             outer,
             steps,
-            x.stride(0),
-            x.stride(1),
-            stride_o,
-            stride_i,
+            *x.stride(),
+            *layer.strides,
             COUNT=len(deltas),
             GROUP=group,
             EXPERTS=experts,
@@ -252,11 +231,9 @@ def _launch(op, x, base, deltas, coefficients, bias, experts, transpose, tf32):
             **config.launch,
         )
 
-    with on_device(x):
-        key = (op, x.device, dtypes, len(deltas), experts, tf32)
-        key += (stride_i == 1, power_of_two(rows), inner, outer)
-        launch(choose(key, configs, launch))
-        return y if splits == 1 else sum_partials(target, x.dtype, bias)
+    key = (op, dtypes, len(deltas), experts, tf32)
+    run(x, (*key, layer.strides[1] == 1, power_of_two(rows), inner, outer), configs, launch)
+    return y if splits == 1 else sum_partials(target, x.dtype, bias)
 
 
 def merged_linear_forward(

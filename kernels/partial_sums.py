@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import cdiv, power_of_two
+from .launching import cdiv, on_device, power_of_two
 from .tiles import ordered_sum
 
 TILE = 1024  # elements that one program holds
@@ -65,16 +65,17 @@ def sum_partials(
     if width == 0:
         return out
     block_width, block_parts = blocks(parts, width)
-    _partial_sums_kernel[(cdiv(width, block_width),)](
-        partials,
-        bias,
-        out,
-        parts,
-        width,
-        partials.shape[-1],
-        HAS_BIAS=bias is not None,
-        BLOCK_WIDTH=block_width,
-        BLOCK_PARTS=block_parts,
-        num_warps=4,
-    )
+    with on_device(partials):
+        _partial_sums_kernel[(cdiv(width, block_width),)](
+            partials,
+            bias,
+            out,
+            parts,
+            width,
+            partials.shape[-1],
+            HAS_BIAS=bias is not None,
+            BLOCK_WIDTH=block_width,
+            BLOCK_PARTS=block_parts,
+            num_warps=4,
+        )
     return out

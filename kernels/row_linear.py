@@ -19,15 +19,13 @@ from .launching import (
     Config,
     by_rows,
     cdiv,
-    check,
-    check_deltas,
     check_shape,
-    choose,
     device_limits,
+    fitting,
     is_aligned,
-    like_layout,
-    on_device,
+    linear_arguments,
     power_of_two,
+    run,
 )
 from .partial_sums import sum_partials
 from .tiles import nth_pointer, task_vector_tile
@@ -200,51 +198,34 @@ def configurations(
     out, width, inner, warps = tile(rows, x_dtype.itemsize, max(weights), aligned)
     sizes = x_dtype.itemsize, sum(weights)
     configs = [Config(out, width, inner, warps, stages) for stages in STAGES]
-    needed = {config: needed_shared_memory(config, *sizes) for config in configs}
-    fitting = [config for config in configs if needed[config] <= limit]
-    if not fitting:
-        raise RuntimeError(
-            f"row_linear: {delta_dtype} deltas need {min(needed.values())} bytes of shared memory "
-            f"per block, found {limit}"
-        )
-    return fitting
+    what = f"{delta_dtype} deltas need"
+    return fitting("row_linear", what, configs, lambda c: needed_shared_memory(c, *sizes), limit)
 
 
 def _launch(op, x, base, deltas, coefficients, bias, other, experts, transpose, tf32):
-    named = {"base": base, "coefficients": coefficients, "bias": bias, "other": other}
-    check(op, {"x": x, **named}, deltas)
-    check_deltas(op, deltas, base.shape)
-    inner, outer = base.shape if transpose else reversed(base.shape)
-    rows = x.shape[0]
-    check_shape(op, "x", x, [rows, inner])
+    layer = linear_arguments(op, x, base, deltas, coefficients, bias, transpose, other)
+    x, rows, inner, outer, dtypes = layer.x, layer.rows, layer.inner, layer.outer, layer.dtypes
     check_shape(op, "coefficients", coefficients, [rows, len(deltas)])
-    check_shape(op, "bias", bias, [outer])
-    check_shape(op, "other", other, [rows, outer])
-    dtypes = x.dtype, base.dtype, deltas[0].dtype
-    x, other = by_rows(x), None if other is None else by_rows(other)
-    base, deltas = like_layout(base, deltas)
-    aligned = is_aligned(x, base, *deltas, *([] if other is None else [other]))
+    other = None if other is None else by_rows(other)
+    aligned = layer.aligned and (other is None or is_aligned(other))
     configs = configurations(rows, *dtypes, aligned, device_limits(x.device)[1])
     y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 0 or outer == 0:
         return y, torch.zeros(rows, len(deltas), dtype=torch.float32, device=x.device)
-    stride_o, stride_i = reversed(base.stride()) if transpose else base.stride()
     out_tiles = cdiv(outer, configs[0].out)
     dots = None
     if other is not None:
         shape = out_tiles, rows, len(deltas)
         dots = torch.empty(shape, dtype=torch.float32, device=x.device)
-    coefficients = coefficients.float().contiguous()
-    bias = None if bias is None else bias.contiguous()
     other_strides = (0, 0) if other is None else other.stride()
 
     def launch(config: Config) -> None:
         _row_linear_kernel[(cdiv(rows, config.rows) * out_tiles,)](
             x,
-            base,
-            deltas,
-            coefficients,
-            bias,
+            layer.base,
+            layer.deltas,
+            layer.coefficients,
+            layer.bias,
             other,
             y,
             dots,
@@ -252,8 +233,7 @@ def _launch(op, x, base, deltas, coefficients, bias, other, experts, transpose, 
             inner,
             outer,
             *x.stride(),
-            stride_o,
-            stride_i,
+            *layer.strides,
             *other_strides,
             COUNT=len(deltas),
             EXPERTS=experts,
@@ -266,11 +246,9 @@ def _launch(op, x, base, deltas, coefficients, bias, other, experts, transpose, 
             **config.launch,
         )
 
-    with on_device(x):
-        key = (op, x.device, dtypes, len(deltas), experts, tf32, stride_i == 1)
-        key += (power_of_two(rows), inner, outer)
-        launch(choose(key, configs, launch))
-        return y, None if dots is None else sum_partials(dots)
+    key = (op, dtypes, len(deltas), experts, tf32)
+    run(x, (*key, layer.strides[1] == 1, power_of_two(rows), inner, outer), configs, launch)
+    return y, None if dots is None else sum_partials(dots)
 
 
 def row_linear_forward(

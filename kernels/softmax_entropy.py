@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Config, cdiv, check, check_shape, choose, on_device, power_of_two
+from .launching import Config, cdiv, check, check_shape, power_of_two, run
 from .tiles import ordered_sum
 
 
@@ -145,9 +145,8 @@ def softmax_entropy_forward(logits: Tensor) -> tuple[Tensor, Tensor]:
             **config.launch,
         )
 
-    with on_device(logits):
-        key = (op, logits.device, logits.dtype, power_of_two(rows), classes)
-        launch(choose(key, configurations(classes), launch))
+    key = (op, logits.dtype, power_of_two(rows), classes)
+    run(logits, key, configurations(classes), launch)
     return entropy, normalizer
 
 
@@ -195,9 +194,8 @@ def softmax_entropy_backward(
             **config.launch,
         )
 
-    with on_device(logits):
-        key = (op, logits.device, logits.dtype, power_of_two(rows), classes)
-        launch(choose(key, configurations(classes), launch))
+    key = (op, logits.dtype, power_of_two(rows), classes)
+    run(logits, key, configurations(classes), launch)
     return out
 
 

@@ -8,13 +8,13 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastmerge import kernels
-from fastmerge.kernels import coefficient_grad, merged_linear, row_linear, softmax_entropy
+from fastmerge.kernels import launching
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def calls() -> dict[str, tuple]:
-    """Launcher, its module, and arguments on the device."""
+    """Launcher and arguments on the device."""
     generator = torch.Generator(device="cuda").manual_seed(1)
 
     def random(*shape, dtype=torch.bfloat16):
@@ -25,18 +25,18 @@ def calls() -> dict[str, tuple]:
     lam, rows_lam = random(8, dtype=torch.float32), random(700, 8, dtype=torch.float32)
     few = x[:3], base, deltas, lam, bias, True, False
     return {
-        "forward": (merged_linear, "merged_linear_forward", (x, *few[1:])),
-        "few rows": (merged_linear, "merged_linear_forward", few),
-        "dx": (merged_linear, "merged_linear_backward_x", (dy, base, deltas, lam, True, False)),
-        "grad": (coefficient_grad, "linear_coefficient_grad", (dy, x, base, deltas, False)),
-        "rows": (row_linear, "row_linear_backward", (dy, x, base, deltas, rows_lam, True, False)),
-        "entropy": (softmax_entropy, "softmax_entropy_forward", (x,)),
+        "forward": ("merged_linear_forward", (x, *few[1:])),
+        "few rows": ("merged_linear_forward", few),
+        "dx": ("merged_linear_backward_x", (dy, base, deltas, lam, True, False)),
+        "grad": ("linear_coefficient_grad", (dy, x, base, deltas, False)),
+        "rows": ("row_linear_backward", (dy, x, base, deltas, rows_lam, True, False)),
+        "entropy": ("softmax_entropy_forward", (x,)),
     }
 
 
 @pytest.mark.parametrize("name", ["forward", "few rows", "dx", "grad", "rows", "entropy"])
 def test_same_bytes(name, monkeypatch):
-    module, launcher, arguments = calls()[name]
+    launcher, arguments = calls()[name]
     chosen: list[int] = []
 
     def run(index: int) -> list[torch.Tensor]:
@@ -44,7 +44,7 @@ def test_same_bytes(name, monkeypatch):
             chosen.append(len(configs))
             return configs[index % len(configs)]
 
-        monkeypatch.setattr(module, "choose", choose)
+        monkeypatch.setattr(launching, "choose", choose)
         result = getattr(kernels, launcher)(*arguments)
         return list(result) if isinstance(result, tuple) else [result]
 
