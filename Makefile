@@ -62,7 +62,7 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[test]"
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[test,demo]"
 	$(BIN)/python -c "import triton" 2>/dev/null \
 		|| $(BIN)/pip install --quiet --no-compile --no-deps triton==3.6.0 \
 		|| echo "no triton for this platform: the tests of the Triton kernels are skipped"
@@ -70,7 +70,7 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 		timm==1.0.31 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth \
 		|| echo "no timm and open_clip: the tests of their models are skipped"
 	$(BIN)/fastmerge info
-	touch $@
+	touch $@ $(VENV)/demo
 
 $(VENV)/dev: $(VENV)/torch
 	$(BIN)/pip install --quiet "ruff==0.17.5" "clang-format==23.1.5"

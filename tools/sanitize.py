@@ -24,21 +24,11 @@ FLAGS = [
     *("--param", "asan-instrumentation-with-call-threshold=0"),
 ]
 BUILD = native_build.ROOT / "build" / "sanitize"
-TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("native", "native_levels", "weighted_sum", "coefficient_grad", "combine_and_dot"),
-        *(
-            "magnitude_threshold",
-            "ties",
-            "softmax_entropy",
-            "merged_linear",
-            "masked_merge",
-            "masks",
-            "row_gram",
-        ),
-    )
-]
+TESTED = (
+    "native native_levels weighted_sum coefficient_grad combine_and_dot merged_linear ties elect "
+    "magnitude_threshold masks masked masked_merge row_gram softmax_entropy"
+)
+TESTS = [f"tests/test_{name}.py" for name in TESTED.split()]
 
 
 def runtimes() -> str:
