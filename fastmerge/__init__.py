@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
+    from .modules.dynamic import build, fold, task
+    from .modules.saving import load, save
     from .modules.task_router import train_router
     from .ops._strategy import use_strategy
     from .recalibration import recalibrate
@@ -42,6 +44,8 @@ _HOMES = {
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
+    "modules.dynamic": ("build", "fold", "task"),
+    "modules.saving": ("load", "save"),
     "modules.task_router": ("train_router",),
     "ops._strategy": ("use_strategy",),
     "recalibration": ("recalibrate",),
@@ -62,17 +66,22 @@ __all__ = [
     "MergedWeightWarning",
     "ShuffledBatches",
     "attach",
+    "build",
     "coverage",
     "detach",
+    "fold",
     "heat_map",
     "important_chunks",
     "learn",
+    "load",
     "load_coefficients",
     "materialize",
     "merge",
     "ops",
     "recalibrate",
     "remerge_",
+    "save",
+    "task",
     "train_router",
     "transfer_coefficients",
     "use_backend",

@@ -111,12 +111,15 @@ class SampleValues:
         return SampleValues(torch.vmap(lambda value: getattr(value, name))(self.data), self.name)
 
     def of_batch(self, rank: int | None = None) -> Tensor:
-        """The values as activations [B, ..] of so many dimensions, each sample with its own.
+        """The values as activations [B, ..] of so many dimensions, each sample with its own; a
+        number as [B] if none is asked for.
 
         Raises:
             RuntimeError: no dimension of the values can be that of the batch.
         """
         data, batch = self.data, self.data.shape[0]
+        if rank is None and self.ndim == 0:
+            return data
         shape = [1] * ((rank or self.ndim) - self.ndim) + list(self.shape)
         if not shape or shape[0] not in (1, batch):
             raise RuntimeError(

@@ -9,6 +9,7 @@ from ._method import Block, Method, Parameter, Pass, Statistics, run_passes
 from .arcee_fusion import ArceeFusion
 from .average import Average
 from .breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from .consensus import Consensus
 from .dare import DareLinear, DareTies
 from .della import Della, DellaLinear
 from .karcher import Karcher
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
         WeightedTies,
         DareLinear,
         DareTies,
+        Consensus,
         Breadcrumbs,
         BreadcrumbsTies,
         Della,

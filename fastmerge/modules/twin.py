@@ -20,6 +20,7 @@ from ..merged_weight import MergedWeight
 from ..merging import merge
 from ..row_coefficients import RowCoefficients
 from ..sources import read_experts, read_tensors
+from .dynamic import DynamicModel
 from .task_router import TaskRouter, binned, pooled_state
 
 RANK_RULES = ("exact", "float")
@@ -53,7 +54,7 @@ def rank_of(shape: Sequence[int], ratio: float, rule: str = "exact") -> int:
     return int((1 - round(1 - ratio, 12)) * short)
 
 
-class TwinMerging(nn.Module):
+class TwinMerging(DynamicModel):
     """A model whose every sample takes as much of each task's own part as a router says.
 
     W_b = W_s + sum_k w_bk v_k with W_s the shared expert, a merged model, and v_k what rank r keeps

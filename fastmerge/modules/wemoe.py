@@ -22,6 +22,7 @@ from ..merged_weight import MergedWeight
 from ..merging import merge
 from ..row_coefficients import RowCoefficients
 from ..sources import read_experts, read_tensors
+from .dynamic import DynamicModel
 from .mlp_blocks import Blocks, MlpBlock, find_mlp_blocks
 from .router import Router, Routers
 
@@ -80,7 +81,7 @@ class Route:
         )
 
 
-class WEMoE(nn.Module):
+class WEMoE(DynamicModel):
     """A model whose MLPs take as much of each expert as the routers in front of them say.
 
     W_b = W_0 + sum_k w_bk tau_k for the weights and biases of an MLP and sample b, w_b the mean

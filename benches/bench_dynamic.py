@@ -1,0 +1,72 @@
+"""P8: a mixed batch of eight tasks through models that keep their experts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import fastmerge as fm
+
+from .side_by_side import Results, interleaved
+from .step_models import draw_images
+from .vision import TASKS, build
+
+IMAGES_PER_TASK = 8
+CASE = f"ViT-B/32, a mixed batch of {TASKS * IMAGES_PER_TASK} images, K={TASKS}"
+
+
+@pytest.fixture(scope="module")
+def models(device, small):
+    return build(small, device)
+
+
+def _mixed_ids() -> list[int]:
+    """A task for each image, none beside its like."""
+    return [i % TASKS for i in range(TASKS * IMAGES_PER_TASK)]
+
+
+def _by_task(model: fm.modules.dynamic.DynamicModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with fm.task(model, _mixed_ids()):
+            return model(images)
+
+    return run
+
+
+# {row of the results: how the base model and its experts become something to call with images}
+ROWS: dict[str, Callable] = {
+    "emr": lambda base, experts: _by_task(fm.build(base, experts, method="emr")),
+    "tall": lambda base, experts: _by_task(fm.build(base, experts, method="tall")),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_mixed_batch(benchmark, name, models, device, rounds, small, results: Results):
+    """Forward passes in turns with the plain model's."""
+    base, experts = models
+    images = draw_images(IMAGES_PER_TASK, small, device)
+    run = ROWS[name](base, experts)
+    with torch.inference_mode():
+        assert run(images).shape == base(images).shape
+        variants = {"plain forward": lambda: base(images), name: lambda: run(images)}
+        seconds = interleaved(variants, device, max(3, rounds // 3))
+        ratios = results.add("P8", CASE, seconds, "plain forward")
+        benchmark.extra_info["ratio"] = ratios[name]
+        benchmark.pedantic(variants[name], rounds=1)
+
+
+@pytest.mark.parametrize("method", ["emr", "tall"])
+def test_switch(method, models, results: Results):
+    """Selecting a task for every sample, and going back: milliseconds."""
+    base, experts = models
+    model, ids = fm.build(base, experts, method=method), _mixed_ids()
+    taken = []
+    for _ in range(50):
+        start = time.perf_counter()
+        with fm.task(model, ids):
+            taken.append(time.perf_counter() - start)
+    results.add_value("P8", f"{method}: switching {len(ids)} tasks", method, 1e3 * min(taken), "ms")
+    assert min(taken) < 1e-3
