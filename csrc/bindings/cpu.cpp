@@ -126,6 +126,19 @@ void combine_and_dot(const TaskVectors& taus, uintptr_t coefficients, uintptr_t 
                              pointer<double>(scratch), size, grad_dtype, out_dtype, threads});
 }
 
+void combine_rows(const TaskVectors& taus, uintptr_t coefficients, uintptr_t out, uintptr_t grad,
+                  uintptr_t dots, int64_t groups, int64_t rows, int64_t width, int64_t stride,
+                  int out_dtype, int grad_dtype, uintptr_t partials, uintptr_t scratch,
+                  int threads) {
+  expect_dtype("out_dtype", out_dtype);
+  expect_dtype("grad_dtype", grad_dtype);
+  py::gil_scoped_release release;
+  kernels().combine_rows({taus.source(), pointer<const float>(coefficients), pointer<void>(out),
+                          pointer<const void>(grad), pointer<double>(dots),
+                          pointer<double>(partials), pointer<float>(scratch), groups, rows, width,
+                          stride, out_dtype, grad_dtype, threads});
+}
+
 void magnitude_histogram(uintptr_t base, uintptr_t delta, int64_t size, int base_dtype,
                          int delta_dtype, bool experts, int level, int64_t prefix, uintptr_t counts,
                          uintptr_t scratch, int threads) {
@@ -327,6 +340,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("weighted_sum", &weighted_sum);
   m.def("coefficient_grad", &coefficient_grad);
   m.def("combine_and_dot", &combine_and_dot);
+  m.def("combine_rows", &combine_rows);
+  m.def("combine_rows_unit", &fastmerge::cpu::combine_rows_unit, py::arg("width"),
+        "Rows of one unit of work of combine_rows.");
+  m.def("combine_rows_scratch", &fastmerge::cpu::combine_rows_scratch, py::arg("k"),
+        py::arg("groups"), "fp32 entries of scratch that a thread of combine_rows needs.");
   m.def("magnitude_histogram", &magnitude_histogram);
   m.def("magnitude_bracket", &magnitude_bracket);
   m.def("ties_merge", &ties_merge);

@@ -6,6 +6,7 @@ const KernelTable kTable = {
     weighted_sum,
     coefficient_grad,
     combine_and_dot,
+    combine_rows,
     magnitude_histogram,
     magnitude_bracket,
     ties_merge,

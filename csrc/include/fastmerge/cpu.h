@@ -81,6 +81,40 @@ struct CombineAndDotParams {
   int threads;
 };
 
+// Entries of K task vectors and base that are kept in the first-level cache, and rows of one unit
+// of work.
+static inline int64_t combine_rows_tile(int64_t k) {
+  int64_t tile = 4608 / (k + 1) / 16 * 16;
+  return tile < 16 ? 16 : (tile > 512 ? 512 : tile);
+}
+static inline int64_t combine_rows_unit(int64_t width) {
+  return width > 0 && width < kBlock ? kBlock / width : 1;
+}
+
+// Floats of scratch that a thread needs.
+static inline int64_t combine_rows_scratch(int64_t k, int64_t groups) {
+  return (k + 2) * combine_rows_tile(k) + groups * k * 16;
+}
+
+// outs[g] = base + sum_k coefficients[g, k] * tau_k without the terms whose coefficient is zero,
+// and dots[g, k] = <grads[g], tau_k>, for rows of base and deltas that lie `stride` entries apart.
+struct CombineRowsParams {
+  Source source;
+  const float* coefficients;  // [G, K]
+  void* out;                  // [G, rows, width], or null
+  const void* grad;           // [G, rows, width], or null
+  double* dots;               // [G, K], with grad
+  double* partials;           // [ceil(rows / combine_rows_unit(width)), G, K], with grad
+  float* scratch;             // [threads, combine_rows_scratch(K, G)]
+  int64_t groups;
+  int64_t rows;
+  int64_t width;
+  int64_t stride;
+  int out_dtype;
+  int grad_dtype;
+  int threads;
+};
+
 constexpr int64_t kHistogramBins = 65536;
 
 // Adds to counts. With u the 31 bits of the fp32 |tau|: level 0 counts u >> 15; level 1 counts
@@ -345,6 +379,7 @@ struct KernelTable {
   void (*weighted_sum)(const WeightedSumParams&);
   void (*coefficient_grad)(const CoefficientGradParams&);
   void (*combine_and_dot)(const CombineAndDotParams&);
+  void (*combine_rows)(const CombineRowsParams&);
   void (*magnitude_histogram)(const MagnitudeHistogramParams&);
   void (*magnitude_bracket)(const MagnitudeBracketParams&);
   void (*ties_merge)(const TiesMergeParams&);
