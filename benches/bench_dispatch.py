@@ -48,7 +48,7 @@ def test_pick(width, device, small, within, results: Results):
     base, *deltas = (weight(side, side) for _ in range(max(COUNTS) + 1))
     for count, many in itertools.product(COUNTS, rows):
         x, lam = weight(many, side), torch.full((count,), 0.3, device=device)
-        picked, _ = merged_linear._strategy(x, base, deltas[:count], lam)
+        picked, *_ = merged_linear._choose(x, base, deltas[:count], lam)
 
         def run(x=x, lam=lam, count=count) -> torch.Tensor:
             return ops.merged_linear(x, base, deltas[:count], lam)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastmerge.ops._strategy import (
+    CPU_RATES,
     STRATEGIES,
     Problem,
     Rates,
@@ -15,6 +16,7 @@ from fastmerge.ops._strategy import (
 
 H200 = Rates(bandwidth=4.3e12, multiply_adds=395e12, cache=50 << 20)
 EVERY = frozenset(STRATEGIES)
+ON_GPU = EVERY - {"grouped"}
 
 
 def _problem(rows, side=4096, experts=8, **options) -> Problem:
@@ -44,9 +46,25 @@ def test_choices(rows, side, experts, expected):
 
 @pytest.mark.parametrize("rows", [1, 100, 10_000])
 def test_row_coefficients_are_stacked(rows):
-    problem = _problem(rows, row_coefficients=True)
-    assert choose(problem, H200, EVERY) == "stacked"
-    assert choose(problem, H200, EVERY - {"stacked"}) is None
+    problem = _problem(rows, groups=rows)
+    assert choose(problem, H200, ON_GPU) == "stacked"
+    assert choose(problem, H200, ON_GPU - {"stacked"}) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "experts", "expected"),
+    [
+        (3200, 64, 8, "grouped"),  # a weight per sample, 50 tokens each
+        (3200, 8, 8, "grouped"),  # a task per sample
+        (3200, 1, 8, "grouped"),
+        (3200, 3200, 8, "stacked"),  # a weight per token
+        (64, 64, 2, "stacked"),
+        (50, 1, 1, "grouped"),
+    ],
+)
+def test_row_coefficients_on_a_cpu(rows, groups, experts, expected):
+    problem = Problem(rows, 768 * 3072, experts, 4, 4, 4, groups)
+    assert choose(problem, CPU_RATES, EVERY) == expected
 
 
 def test_no_estimate_is_below_the_floor():
@@ -71,8 +89,8 @@ def test_forced_strategy():
         assert choose(_problem(1), H200, EVERY) == "panel"
         with pytest.raises(RuntimeError, match="kernels cannot run here"):
             choose(_problem(1), H200, frozenset({"fused"}))
-        with pytest.raises(RuntimeError, match="per row need stacked"):
-            choose(_problem(1, row_coefficients=True), H200, EVERY)
+        with pytest.raises(RuntimeError, match="per row need grouped or stacked"):
+            choose(_problem(1, groups=1), H200, EVERY)
     with use_strategy("stacked"), pytest.raises(RuntimeError, match="need panel or fused"):
         choose(_problem(1), H200, EVERY)
     assert choose(_problem(1), H200, EVERY) == "fused"

@@ -23,15 +23,16 @@ def _streaming(kernel: str, case: str, entries: int, streams: int, item: int = B
 
 
 def _linear(rows: int, side: int = SIDE, count: int = COUNT, by_row: bool = False) -> list[str]:
-    problem = Problem(rows, side * side, count, BF16, BF16, BF16, by_row)
+    problem = Problem(rows, side * side, count, BF16, BF16, BF16, rows if by_row else None)
     gemm = max(rows / H200.multiply_adds, BF16 / H200.bandwidth) * side * side + LAUNCH_SECONDS
     floor = (count + 1) * side * side * BF16 / H200.bandwidth
-    expected = expected_seconds(problem, H200)
     kernels = {
         "panel": "`weighted_sum`, GEMM",
         "fused": "`merged_linear`",
         "stacked": "`row_linear`",
     }
+    estimates = expected_seconds(problem, H200)
+    expected = {name: estimates[name] for name in kernels if name in estimates}
     lines = []
     for strategy, seconds in expected.items():
         picked = ", picked" if seconds == min(expected.values()) and len(expected) > 1 else ""

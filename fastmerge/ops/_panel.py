@@ -66,6 +66,14 @@ class PanelLinear:
         ]
         self.ahead = base.is_cuda and len(self.spans) > 1
 
+    def scratch_bytes(self) -> int:
+        """Bytes of merged weight and weight gradient that a backward pass holds at most.
+
+        Two panels, four on a GPU, where the next one is prepared meanwhile.
+        """
+        rows = min(self.step, self.base.shape[0])
+        return 2 * (1 + self.ahead) * rows * self.base.shape[1] * self.dtype.itemsize
+
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [R, O] of x [R, I]."""
         if self.transpose:

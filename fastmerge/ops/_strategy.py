@@ -1,4 +1,4 @@
-"""The cost model of `merged_linear` on a GPU: which of panel, fused and stacked to run.
+"""The cost model of `merged_linear`: which of panel, fused, stacked and grouped to run.
 
 Times are estimates from bytes and operations; what matters is their order. Two of the rates below
 were counted in compiled code, not timed: see the constants.
@@ -14,12 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
-STRATEGIES = ("panel", "fused", "stacked")
+STRATEGIES = ("panel", "fused", "stacked", "grouped")
 
 TILE_ROWS = 128  # activation rows of one tile of the fused kernel
 SHARED_TILES = 2  # row tiles that read a weight tile from L2 instead of memory, side by side
 MERGE_CLOCKS = 0.19 / 8  # clocks to merge one weight in registers, per expert and row tile
 MACS_PER_CLOCK = 2048  # dense 16-bit multiply-adds of one multiprocessor per clock
+# In rows of activations that the product of a weight would take meanwhile, measured on one core
+# with AVX-512: a group's panels are read, written and packed, and combined per expert; products
+# over a group's few rows are slower than one over all.
+GROUP_ROWS = 8.0
+GROUP_ROWS_PER_EXPERT = 1.4
+GROUP_SLOWER = 1.2
 LAUNCH_SECONDS = 4e-6  # per kernel, where nothing hides it
 
 _forced: ContextVar[str | None] = ContextVar("fastmerge_strategy", default=None)
@@ -33,11 +39,14 @@ class Rates:
         bandwidth: bytes per second of a copy.
         multiply_adds: dense multiply-adds per second of the GEMMs' dtype.
         cache: bytes of the last cache.
+        task_vector_rows: rows of activations whose product takes as long as writing the task
+            vectors of one expert, where the stacked strategy does that.
     """
 
     bandwidth: float
     multiply_adds: float
     cache: int
+    task_vector_rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Problem:
         weights: entries of the weight N.
         experts: K.
         base_bytes, delta_bytes, x_bytes: bytes of one entry of base, deltas and activations.
-        row_coefficients: whether every row has coefficients of its own.
+        groups: groups of rows with coefficients of their own; None: all rows share one [K].
     """
 
     rows: int
@@ -58,15 +67,16 @@ class Problem:
     base_bytes: int
     delta_bytes: int
     x_bytes: int
-    row_coefficients: bool = False
+    groups: int | None = None
 
 
 @contextmanager
 def use_strategy(name: str) -> Iterator[None]:
-    """Force the strategy of every merged linear layer on a GPU inside the block.
+    """Force the strategy of every merged linear layer that has a choice inside the block.
 
     Args:
-        name: "panel", "fused" or "stacked".
+        name: "panel" or "fused" where all rows share coefficients, on a GPU; "stacked", or
+            "grouped" on a CPU, for row coefficients.
 
     Raises:
         ValueError: the name is none of these.
@@ -85,9 +95,14 @@ def expected_seconds(problem: Problem, rates: Rates) -> dict[str, float]:
     p = problem
     multiply = p.rows * p.weights / rates.multiply_adds
     read = p.weights * (p.base_bytes + p.experts * p.delta_bytes) / rates.bandwidth
-    if p.row_coefficients:
-        stacked = max(read * _passes(p.rows), (p.experts + 1) * multiply)
-        return {"stacked": stacked + LAUNCH_SECONDS}
+    if p.groups is not None:
+        row = p.weights / rates.multiply_adds
+        products = (p.experts + 1) * multiply + p.experts * rates.task_vector_rows * row
+        combine = p.groups * (GROUP_ROWS + p.experts * GROUP_ROWS_PER_EXPERT) * row
+        return {
+            "grouped": max(read, GROUP_SLOWER * multiply + combine) + LAUNCH_SECONDS,
+            "stacked": max(read * _passes(p.rows), products) + LAUNCH_SECONDS,
+        }
     panel_bytes = max(1 << 20, rates.cache // 4)
     panels = max(1, -(-p.weights * p.x_bytes // panel_bytes))
     combine = read + p.weights * p.x_bytes / rates.bandwidth
@@ -124,7 +139,7 @@ def choose(problem: Problem, rates: Rates, available: frozenset[str]) -> str | N
         if forced not in seconds:
             raise RuntimeError(
                 f"merged_linear: strategy {forced!r} was forced, but coefficients per "
-                f"{'row' if problem.row_coefficients else 'expert'} need {' or '.join(seconds)}"
+                f"{'expert' if problem.groups is None else 'row'} need {' or '.join(seconds)}"
             )
         if forced not in available:
             raise RuntimeError(
@@ -133,6 +148,10 @@ def choose(problem: Problem, rates: Rates, available: frozenset[str]) -> str | N
         return forced
     able = [name for name in seconds if name in available]
     return min(able, key=seconds.__getitem__) if able else None
+
+
+# one core with AVX-512
+CPU_RATES = Rates(10e9, 45e9, 1 << 20, task_vector_rows=2.0)
 
 
 @functools.cache

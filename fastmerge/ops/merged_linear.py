@@ -1,7 +1,8 @@
 """`merged_linear`: y = x W^T + b with W = base + sum_k lambda_k tau_k, which is never built whole.
 
-The CPU runs the panel strategy (`_panel.py`). On a GPU the cost model (`_strategy.py`) chooses
-between panel, fused (Triton, few rows) and stacked (Triton, row coefficients).
+Strategies, of which a cost model chooses (`_strategy.py`): panel (`_panel.py`); fused, a Triton
+kernel for few rows on a GPU; and for row coefficients grouped (`_grouped.py`, on a CPU) and stacked
+(`_stacked.py` on a CPU, a Triton kernel on a GPU).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import forced_backend, native_kernels, triton_kernels
-from ._groups import check_row_coefficients
+from ._grouped import GroupedLinear
+from ._groups import Groups, check_row_coefficients, group_rows
 from ._library import (
     accumulate_dtype,
     as_rows,
@@ -30,7 +32,9 @@ from ._library import (
     unpack_deltas,
 )
 from ._panel import PanelLinear
-from ._strategy import Problem, choose, device_rates
+from ._stacked import StackedLinear
+from ._strategy import CPU_RATES, Problem, choose, device_rates
+from ._triton_linear import FusedLinear, TritonStackedLinear
 
 
 def merged_linear(
@@ -120,52 +124,74 @@ def _reference(x, base, deltas, coefficients, bias, experts, transpose):
     return y.to(x.dtype)
 
 
-def _strategy(x, base, deltas, coefficients) -> tuple[str | None, ModuleType | None]:
-    """The strategy to run and the kernels it runs on; (None, None) for the reference."""
+def _choose(
+    x: Tensor, base: Tensor, deltas: list[Tensor], coefficients: Tensor, join_equal: bool = True
+) -> tuple[str | None, ModuleType | None, Groups | None]:
+    """The strategy to run, the kernels it runs on, and the groups of rows it has for them.
+
+    (None, None, None) for the reference.
+    """
     rowwise = coefficients.dim() > 1
     kernels: dict[str, ModuleType | None] = {}
     tensors = {"x": as_rows(x), "base": base}
     function = "row_linear_forward" if rowwise else "merged_linear_forward"
     kernels["stacked" if rowwise else "fused"] = triton_kernels(function, tensors, deltas)
-    if not rowwise and forced_backend() != "triton":
-        kernels["panel"] = native_kernels("merged_linear", x, base, deltas[0], coefficients)
+    if forced_backend() != "triton" and not (rowwise and x.is_cuda):
+        native = native_kernels("merged_linear", x, base, deltas[0], coefficients)
+        for name in ("grouped", "stacked") if rowwise else ("panel",):
+            kernels[name] = native
     able = frozenset(name for name, module in kernels.items() if module is not None)
-    if x.is_cuda and able:
+    groups = None
+    if "grouped" in able:
+        groups = group_rows(coefficients.float(), x.shape[:-1], join_equal=join_equal)
+    if able and (x.is_cuda or groups is not None):
+        rows = x.shape[:-1].numel()
         problem = Problem(
-            rows=x.shape[:-1].numel(),
+            rows=rows,
             weights=base.numel(),
             experts=len(deltas),
             base_bytes=base.element_size(),
             delta_bytes=deltas[0].element_size(),
             x_bytes=x.element_size(),
-            row_coefficients=rowwise,
+            groups=None if not rowwise else rows if groups is None else len(groups.sizes),
         )
-        chosen = choose(problem, device_rates(x.get_device(), x.dtype), able)
+        rates = device_rates(x.get_device(), x.dtype) if x.is_cuda else CPU_RATES
+        chosen = choose(problem, rates, able)
     else:
         chosen = next(iter(able), None)
-    return chosen, kernels.get(chosen)
+    return chosen, kernels.get(chosen), groups
 
 
-def _every_row(coefficients: Tensor, x: Tensor) -> Tensor:
-    """Row coefficients as [R, K], one row for every row of x."""
-    return as_rows(coefficients.expand(*x.shape[:-1], coefficients.shape[-1]))
+def _layer(
+    x: Tensor,
+    base: Tensor,
+    deltas: list[Tensor],
+    coefficients: Tensor,
+    experts: bool,
+    transpose: bool,
+    join_equal: bool = True,
+) -> PanelLinear | GroupedLinear | StackedLinear | FusedLinear | None:
+    """The layer as its strategy computes it; None for the reference.
 
-
-def allow_tf32() -> bool:
-    """torch's own switch decides whether fp32 products may run in tf32."""
-    return torch.backends.cuda.matmul.allow_tf32
-
-
-def _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose) -> PanelLinear:
-    return PanelLinear(
-        kernels,
-        base.contiguous(),
-        [d.contiguous() for d in deltas],
-        coefficients.float().contiguous(),
-        experts,
-        transpose,
-        x.dtype,
-    )
+    Args:
+        join_equal: whether samples with equal coefficients may share a group; False where each
+            wants a gradient of its own.
+    """
+    strategy, kernels, groups = _choose(x, base, deltas, coefficients, join_equal)
+    lam = coefficients.detach().float()
+    if strategy == "fused":
+        return FusedLinear(kernels, base, deltas, lam, experts, transpose)
+    if strategy == "stacked":
+        lam = as_rows(lam.expand(*x.shape[:-1], len(deltas)))  # [R, K]
+        if groups is None:
+            return TritonStackedLinear(kernels, base, deltas, lam, experts, transpose)
+        return StackedLinear(base, deltas, lam, experts, transpose, x.dtype)
+    if strategy is None:
+        return None
+    base, deltas = base.contiguous(), [d.contiguous() for d in deltas]
+    if strategy == "grouped":
+        return GroupedLinear(kernels, base, deltas, groups, experts, transpose, x.dtype)
+    return PanelLinear(kernels, base, deltas, lam.contiguous(), experts, transpose, x.dtype)
 
 
 def scratch_bytes(
@@ -173,34 +199,18 @@ def scratch_bytes(
 ) -> int:
     """Bytes of merged weight and weight gradient that a backward pass holds at most.
 
-    Two panels (four on a GPU, where the next one is prepared meanwhile), nothing in fused kernels,
-    the whole weight and its gradient on the reference.
+    A few panels, nothing in fused kernels, the whole weight and its gradient on the reference.
     """
-    strategy, kernels = _strategy(x, base, deltas, coefficients)
-    if strategy is None:
-        return 2 * base.numel() * x.element_size()
-    if strategy != "panel":
-        return 0
-    panels = _panel_linear(kernels, x, base, deltas, coefficients, True, transpose)
-    rows = min(panels.step, base.shape[0])
-    return 2 * (1 + panels.ahead) * rows * base.shape[1] * x.element_size()
+    layer = _layer(x, base, deltas, coefficients, True, transpose, join_equal=False)
+    return 2 * base.numel() * x.element_size() if layer is None else layer.scratch_bytes()
 
 
 def _compiled(x, base, deltas, coefficients, bias, experts, transpose):
     _check(x, base, deltas, coefficients, bias, transpose)
-    strategy, kernels = _strategy(x, base, deltas, coefficients)
-    if strategy is None:
+    layer = _layer(x, base, deltas, coefficients, experts, transpose)
+    if layer is None:
         return _reference(x, base, deltas, coefficients, bias, experts, transpose)
-    rows = as_rows(x)
-    bias = None if bias is None else bias.to(x.dtype)
-    if strategy == "panel":
-        panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
-        y = panels.forward(rows, bias)
-    else:
-        fused = strategy == "fused"
-        launch = kernels.merged_linear_forward if fused else kernels.row_linear_forward
-        lam = (coefficients if fused else _every_row(coefficients, x)).float()
-        y = launch(rows, base, deltas, lam, bias, experts, transpose, allow_tf32())
+    y = layer.forward(as_rows(x), None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -292,38 +302,27 @@ def _backward_compiled(
     grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
 ):
     _backward_check(grad, x, base, deltas, coefficients, transpose)
-    strategy, kernels = _strategy(x, base, deltas, coefficients)
-    if strategy is None:
+    join = not need_coefficients
+    layer = _layer(x, base, deltas, coefficients, experts, transpose, join_equal=join)
+    if layer is None:
         return _backward_reference(
             grad, x, base, deltas, coefficients, experts, transpose, need_x, need_coefficients
         )
-    dy, rows = as_rows(grad), as_rows(x)
-    dx = dlam = None
-    if strategy == "panel":
-        panels = _panel_linear(kernels, x, base, deltas, coefficients, experts, transpose)
-        dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
-    elif strategy == "stacked":
-        lam = _every_row(coefficients, x).float()
-        dx, dlam = kernels.row_linear_backward(
-            dy, rows, base, deltas, lam, experts, transpose, allow_tf32()
-        )
-        dlam = dlam.view(*x.shape[:-1], len(deltas)).sum_to_size(coefficients.shape)
-    else:
-        if need_x:
-            dx = kernels.merged_linear_backward_x(
-                dy, base, deltas, coefficients.float(), experts, transpose, allow_tf32()
-            )
-        if need_coefficients:
-            origin = base if experts else None
-            dlam = kernels.linear_coefficient_grad(
-                dy, rows, origin, deltas, transpose, allow_tf32()
-            )
+    dx, dlam = layer.backward(as_rows(grad), as_rows(x), need_x, need_coefficients)
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
-        dlam.float().view(coefficients.shape)
+        _as_given(dlam.float(), x, coefficients)
         if need_coefficients
         else x.new_empty(0, dtype=torch.float32),
     )
+
+
+def _as_given(gradient: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+    """The coefficients' gradient in their shape, from [S, K] for their rows or [R, K] for x's."""
+    if gradient.numel() == coefficients.numel():
+        return gradient.reshape(coefficients.shape)
+    every = gradient.view(*x.shape[:-1], gradient.shape[-1])
+    return every.sum_to_size(coefficients.shape)
 
 
 def _backward_fake(
