@@ -341,8 +341,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("coefficient_grad", &coefficient_grad);
   m.def("combine_and_dot", &combine_and_dot);
   m.def("combine_rows", &combine_rows);
-  m.def("combine_rows_unit", &fastmerge::cpu::combine_rows_unit, py::arg("width"),
-        "Rows of one unit of work of combine_rows.");
   m.def("combine_rows_scratch", &fastmerge::cpu::combine_rows_scratch, py::arg("k"),
         py::arg("groups"), "fp32 entries of scratch that a thread of combine_rows needs.");
   m.def("magnitude_histogram", &magnitude_histogram);

@@ -2,8 +2,8 @@
 //
 // Task vectors are read once per tile, kept in fp32 in the first-level cache, and then serve all
 // rows of coefficients. The sums have the additions of weighted_sum, without the terms whose
-// coefficient is zero. Products are summed in sixteen fp32 lanes per unit of work, the units in
-// fp64 in order.
+// coefficient is zero. Products are summed in sixteen fp32 lanes per block, the blocks in fp64
+// in order.
 #include <omp.h>
 
 #include "combine.h"
@@ -13,18 +13,20 @@
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 namespace {
 
-// Writes base and the task vectors of [begin, begin + n) to tile [K + 1, kStep], zeros behind n.
+// Writes base and the task vectors of n entries of one row to a tile [K + 1, step] from `offset`
+// on, and up to kLanes - 1 zeros behind them.
 template <int kDtype, int kExperts>
-inline void read_tile(const Source& s, int64_t begin, int64_t n, int64_t step, float* tile) {
+inline void read_row(const Source& s, int64_t begin, int64_t n, int64_t step, int64_t offset,
+                     float* tile) {
   for (int64_t i = 0; i < n; i += kLanes) {
     int64_t left = n - i < kLanes ? n - i : kLanes;
     bool whole = left == kLanes;
     F32 base = whole ? load_base(s, begin + i) : load_base_first(s, begin + i, left);
-    store<kFloat32>(tile, i, base);
+    store<kFloat32>(tile, offset + i, base);
     for (int64_t k = 0; k < s.k; ++k) {
       F32 tau = whole ? load_tau<kDtype, kExperts>(s, k, begin + i, base)
                       : load_tau_first<kDtype, kExperts>(s, k, begin + i, left, base);
-      store<kFloat32>(tile, (k + 1) * step + i, tau);
+      store<kFloat32>(tile, (k + 1) * step + offset + i, tau);
     }
   }
 }
@@ -133,31 +135,41 @@ inline void dot_tile(const float* taus, int64_t step, int64_t n, int64_t count, 
   }
 }
 
-// One unit of work: `rows` rows of `width` entries from row `first` on.
+// Writes entries [begin, begin + n) of the rows, counted without the gaps between them, to a tile.
 template <int kDtype, int kExperts>
-inline void combine_unit(const CombineRowsParams& p, int64_t first, int64_t rows, float* scratch,
-                         double* partial) {
-  int64_t count = p.source.k, step = combine_rows_tile(count);
+inline void read_tile(const CombineRowsParams& p, int64_t begin, int64_t n, int64_t step,
+                      float* tile) {
+  int64_t row = begin / p.width, column = begin % p.width;
+  for (int64_t done = 0; done < n; ++row, column = 0) {
+    int64_t left = p.width - column < n - done ? p.width - column : n - done;
+    read_row<kDtype, kExperts>(p.source, row * p.stride + column, left, step, done, tile);
+    done += left;
+  }
+}
+
+template <int kDtype, int kExperts>
+inline void combine_block(const CombineRowsParams& p, int64_t begin, int64_t end, float* scratch,
+                          double* partial) {
+  int64_t count = p.source.k, entries = combine_rows_tile(count), step = entries + kLanes;
+  int64_t size = p.rows * p.width;
   float* tile = scratch;
   float* sums = scratch + (count + 1) * step;
   float* lanes = sums + step;  // [G, K, kLanes]
   if (p.grad != nullptr) memset(lanes, 0, p.groups * count * kLanes * sizeof(float));
-  for (int64_t row = first; row < first + rows; ++row) {
-    for (int64_t column = 0; column < p.width; column += step) {
-      int64_t n = p.width - column < step ? p.width - column : step;
-      read_tile<kDtype, kExperts>(p.source, row * p.stride + column, n, step, tile);
-      for (int64_t g = 0; g < p.groups; ++g) {
-        int64_t begin = (g * p.rows + row) * p.width + column;
-        if (p.out != nullptr) {
-          combine_tile(tile, step, n, p.coefficients + g * count, count, sums, p.out, p.out_dtype,
-                       begin);
-        }
-        if (p.grad != nullptr) {
-          with_dtype(p.grad_dtype, [&](auto dtype) {
-            dot_tile<decltype(dtype)::value>(tile + step, step, n, count, p.grad, begin,
-                                             lanes + g * count * kLanes);
-          });
-        }
+  for (; begin < end; begin += entries) {
+    int64_t n = end - begin < entries ? end - begin : entries;
+    read_tile<kDtype, kExperts>(p, begin, n, step, tile);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      int64_t first = g * size + begin;
+      if (p.out != nullptr) {
+        combine_tile(tile, step, n, p.coefficients + g * count, count, sums, p.out, p.out_dtype,
+                     first);
+      }
+      if (p.grad != nullptr) {
+        with_dtype(p.grad_dtype, [&](auto dtype) {
+          dot_tile<decltype(dtype)::value>(tile + step, step, n, count, p.grad, first,
+                                           lanes + g * count * kLanes);
+        });
       }
     }
   }
@@ -172,21 +184,21 @@ inline void combine_unit(const CombineRowsParams& p, int64_t first, int64_t rows
 }  // namespace
 
 void combine_rows(const CombineRowsParams& p) {
-  int64_t count = p.source.k, unit = combine_rows_unit(p.width);
-  int64_t units = (p.rows + unit - 1) / unit, results = p.groups * count;
-  int team = team_size(p.rows * p.width * p.groups, p.threads);
+  int64_t count = p.source.k, results = p.groups * count, size = p.rows * p.width;
+  int64_t blocks = block_count(size);
+  int team = team_size(size * p.groups, p.threads);
   with_source(p.source.delta_dtype, p.source.experts, [&](auto dtype, auto experts) {
     constexpr int kDtype = decltype(dtype)::value, kExperts = decltype(experts)::value;
-    parallel_runs(units, team, [&](int64_t begin, int64_t end) {
+    parallel_runs(blocks, team, [&](int64_t first, int64_t last) {
       int64_t thread = team > 1 ? omp_get_thread_num() : 0;
       float* scratch = p.scratch + thread * combine_rows_scratch(count, p.groups);
-      for (int64_t u = begin; u < end; ++u) {
-        int64_t rows = p.rows - u * unit < unit ? p.rows - u * unit : unit;
-        combine_unit<kDtype, kExperts>(p, u * unit, rows, scratch, p.partials + u * results);
+      for (int64_t b = first; b < last; ++b) {
+        int64_t end = (b + 1) * kBlock < size ? (b + 1) * kBlock : size;
+        combine_block<kDtype, kExperts>(p, b * kBlock, end, scratch, p.partials + b * results);
       }
     });
   });
-  if (p.grad != nullptr) sum_partials(p.partials, units, results, p.dots);
+  if (p.grad != nullptr) sum_partials(p.partials, blocks, results, p.dots);
 }
 
 }  // namespace fastmerge::cpu::FASTMERGE_LEVEL

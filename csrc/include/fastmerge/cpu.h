@@ -81,19 +81,15 @@ struct CombineAndDotParams {
   int threads;
 };
 
-// Entries of K task vectors and base that are kept in the first-level cache, and rows of one unit
-// of work.
+// Entries of base and of K task vectors that are kept in the first-level cache.
 static inline int64_t combine_rows_tile(int64_t k) {
   int64_t tile = 4608 / (k + 1) / 16 * 16;
   return tile < 16 ? 16 : (tile > 512 ? 512 : tile);
 }
-static inline int64_t combine_rows_unit(int64_t width) {
-  return width > 0 && width < kBlock ? kBlock / width : 1;
-}
 
 // Floats of scratch that a thread needs.
 static inline int64_t combine_rows_scratch(int64_t k, int64_t groups) {
-  return (k + 2) * combine_rows_tile(k) + groups * k * 16;
+  return (k + 2) * (combine_rows_tile(k) + 16) + groups * k * 16;
 }
 
 // outs[g] = base + sum_k coefficients[g, k] * tau_k without the terms whose coefficient is zero,
@@ -104,7 +100,7 @@ struct CombineRowsParams {
   void* out;                  // [G, rows, width], or null
   const void* grad;           // [G, rows, width], or null
   double* dots;               // [G, K], with grad
-  double* partials;           // [ceil(rows / combine_rows_unit(width)), G, K], with grad
+  double* partials;           // [blocks, G, K], with grad
   float* scratch;             // [threads, combine_rows_scratch(K, G)]
   int64_t groups;
   int64_t rows;

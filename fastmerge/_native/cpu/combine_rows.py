@@ -35,9 +35,12 @@ def combine_rows(
     """
     (groups, count), (rows, width) = coefficients.shape, base.shape
     threads = torch.get_num_threads()
-    units = -(-rows // extensions.cpu.combine_rows_unit(width))
-    dots = None if grad is None else torch.empty(groups, count, dtype=torch.float64)
-    partials = None if grad is None else calls.doubles(units * groups * count)
+    dots = None if grad is None else torch.zeros(groups, count, dtype=torch.float64)
+    partials = (
+        None
+        if grad is None
+        else calls.doubles(extensions.cpu.scratch_doubles(rows * width, groups * count))
+    )
     room = extensions.cpu.combine_rows_scratch(count, groups)
     scratch = torch.empty(threads * room, dtype=torch.float32)
     extensions.cpu.combine_rows(
