@@ -84,7 +84,7 @@ class StackedLinear:
             for start in range(0, len(base), step):
                 panel = slice(start, start + step)
                 origin = base[panel]
-                total = (x[rows] @ origin.to(self.dtype).t()).float()
+                total = _product(x[rows], origin.to(self.dtype), bias, panel)
                 for k, delta in enumerate(deltas):
                     if other is None and not used[k]:
                         continue
@@ -93,5 +93,13 @@ class StackedLinear:
                     total.addcmul_(self.coefficients[rows, k : k + 1], product)
                     if other is not None:
                         dots[rows, k] += product.mul_(other[rows, panel]).sum(-1)
-                y[rows, panel] = total if bias is None else total.add_(bias[panel])
+                y[rows, panel] = total
         return y, dots
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, panel: slice) -> Tensor:
+    """x weight^T + bias in fp32; 16-bit products are rounded by the GEMM."""
+    if bias is not None and x.dtype == torch.float32:
+        return torch.addmm(bias[panel], x, weight.t())
+    total = (x @ weight.t()).float()
+    return total if bias is None else total.add_(bias[panel])

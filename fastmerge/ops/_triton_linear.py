@@ -51,14 +51,14 @@ class FusedLinear:
         if need_coefficients:
             origin = self.base if self.experts else None
             launch = self.kernels.linear_coefficient_grad
-            dlam = launch(dy, x, origin, self.deltas, self.transpose, _tf32())
+            dlam = launch(dy, x, origin, self.deltas, self.transpose, allow_tf32())
         return dx, dlam
 
     def _weights(self) -> tuple:
         return self.base, self.deltas, self.coefficients
 
     def _layout(self) -> tuple:
-        return self.experts, self.transpose, _tf32()
+        return self.experts, self.transpose, allow_tf32()
 
 
 class TritonStackedLinear(FusedLinear):
@@ -73,6 +73,6 @@ class TritonStackedLinear(FusedLinear):
         return self.kernels.row_linear_backward(dy, x, *self._weights(), *self._layout())
 
 
-def _tf32() -> bool:
+def allow_tf32() -> bool:
     """torch's own switch decides whether fp32 products may run in tf32."""
     return torch.backends.cuda.matmul.allow_tf32

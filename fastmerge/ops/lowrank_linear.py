@@ -28,7 +28,7 @@ from ._library import (
     register_no_gradient,
 )
 from ._panel import device_panel_bytes, even_step
-from .merged_linear import allow_tf32
+from ._triton_linear import allow_tf32
 
 # What the CPU's grouping costs, in multiply-adds an entry: moving rows into groups and back, and
 # the rows that a smaller group is no cheaper than.
