@@ -149,24 +149,6 @@ inline void read_tile(const CombineRowsParams& p, int64_t begin, int64_t n, int6
   for (int64_t k = 0; k <= p.source.k; ++k) store<kFloat32>(tile, k * step + n, zeros());
 }
 
-// Asks for the next tile while this one is combined for group g: a share of its streams each time.
-inline void prefetch_tile(const CombineRowsParams& p, int64_t begin, int64_t n, int64_t g) {
-  int64_t streams = p.source.k + 1;
-  int64_t first = g * streams / p.groups, last = (g + 1) * streams / p.groups;
-  int64_t row = begin / p.width, column = begin % p.width;
-  for (int64_t done = 0; done < n; ++row, column = 0) {
-    int64_t left = p.width - column < n - done ? p.width - column : n - done;
-    for (int64_t s = first; s < last; ++s) {
-      const void* data = s == 0 ? p.source.base : p.source.deltas[s - 1];
-      int dtype = s == 0 ? p.source.base_dtype : p.source.delta_dtype;
-      for (int64_t i = 0; i < left; i += kLanes) {
-        prefetch(data, row * p.stride + column + i, dtype);
-      }
-    }
-    done += left;
-  }
-}
-
 template <int kDtype, int kExperts>
 inline void combine_block(const CombineRowsParams& p, int64_t begin, int64_t end, float* scratch,
                           double* partial) {
@@ -179,9 +161,7 @@ inline void combine_block(const CombineRowsParams& p, int64_t begin, int64_t end
   for (; begin < end; begin += entries) {
     int64_t n = end - begin < entries ? end - begin : entries;
     read_tile<kDtype, kExperts>(p, begin, n, step, tile);
-    int64_t next = end - begin - n < entries ? end - begin - n : entries;
     for (int64_t g = 0; g < p.groups; ++g) {
-      prefetch_tile(p, begin + n, next, g);
       int64_t first = g * size + begin;
       if (p.out != nullptr) {
         combine_tile(tile, step, n, p.coefficients + g * count, count, sums, p.out, p.out_dtype,

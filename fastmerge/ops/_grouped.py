@@ -19,9 +19,10 @@ from torch import Tensor
 from ._groups import Groups
 from ._panel import scratch
 
-# Panels of a few groups at once: the second-level cache would be ideal, but a GEMM over less than
-# about 128 entries of the weight's longer side loses more than the third level's distance costs.
-BATCH_BYTES = 3 << 20
+# Panels of as many groups at once as a layer's panels take elsewhere: every batch reads the panel's
+# base and deltas again, and a GEMM over less than about 128 entries of the weight's longer side
+# loses more than scratch in the second-level cache would gain.
+BATCH_BYTES = 12 << 20
 LEAST_ENTRIES = 128
 MULTIPLE = 64
 
