@@ -8,8 +8,8 @@ import torch
 from fastmerge import _native
 from fastmerge._native import cpu
 
+from .levels import same_everywhere
 from .samples import DTYPE_PAIRS, dtype_id, make_deltas, random, raw, task_vectors
-from .test_native import _restore_settings, same_everywhere  # noqa: F401  (a fixture)
 from .tolerances import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())

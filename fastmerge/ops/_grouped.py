@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._groups import Groups
-from ._panel import scratch
+from ._panel import scratch_panel
 
 # Panels of as many groups at once as a layer's panels take elsewhere: every batch reads the panel's
 # base and deltas again, and a GEMM over less than about 128 entries of the weight's longer side
@@ -118,13 +118,11 @@ class GroupedLinear:
         )
         for first in range(0, len(self.rows), self.batch):
             part = first, min(len(self.rows), first + self.batch)
-            shape = (part[1] - part[0], *base.shape)
-            out = scratch("weight0", shape, self.dtype) if need_weights else None
+            out = self._scratch("weight0", part, base) if need_weights else None
             grad = None
             if grads is not None:
-                grad = self._grad_panels(
-                    *grads[:2], span, part, scratch("grad0", shape, self.dtype)
-                )
+                grad = self._scratch("grad0", part, base)
+                self._grad_panels(*grads[:2], span, part, grad)
             if need_weights or grad is not None:
                 lam = coefficients[slice(*part)]
                 found = self.kernels.combine_rows(base, deltas, lam, out, grad, self.experts)
@@ -132,19 +130,24 @@ class GroupedLinear:
                     grads[2][slice(*part)] += found
             yield part, out.mT if need_weights and self.transpose else out
 
+    def _scratch(self, slot: str, part: tuple[int, int], panel: Tensor) -> Tensor:
+        """Memory for a panel [g, rows, width] of each group."""
+        count, (rows, width) = part[1] - part[0], panel.shape
+        return scratch_panel(slot, count * rows, width, self.dtype).view(count, rows, width)
+
     def _grad_panels(
         self, dy: Tensor, x: Tensor, span: tuple[int, int], part: tuple[int, int], out: Tensor
-    ) -> Tensor:
+    ) -> None:
         """dW of each group over a panel, as the weight is stored."""
         sides = [x, dy] if self.transpose else [dy, x]
         sides[self.axis] = sides[self.axis][:, slice(*span)]
         if self.size is not None:
             left, right = (self._stack(side, part) for side in sides)
-            return torch.bmm(left.mT, right, out=out)
+            torch.bmm(left.mT, right, out=out)
+            return
         for group, target in zip(self.rows[slice(*part)], out, strict=True):
             left, right = (side[slice(*group)] for side in sides)
             torch.mm(left.t(), right, out=target)
-        return out
 
     def _total(self, like: Tensor, width: int, split: bool) -> Tensor:
         """Room for a product; in fp32 where panels' products add up."""
