@@ -83,6 +83,7 @@ _CUDA = (
     "magnitude_histogram",
     "ties_merge_out",
     "ties_masks",
+    "elect",
 )
 
 

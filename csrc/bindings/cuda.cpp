@@ -211,6 +211,21 @@ void ties_masks(const Place& place, const Tensors& tensors, uintptr_t thresholds
                                   majority.value_or(cuda::kOwnMajority), place.multiprocessors});
 }
 
+int64_t mask_scratch_doubles(int64_t rows, int64_t columns, int64_t k) {
+  return cuda::mask_blocks(rows, columns) * k;
+}
+
+void elect(const Place& place, const Tensors& tensors, uintptr_t unified, uintptr_t masks,
+           uintptr_t magnitudes, uintptr_t scratch, int64_t rows, int64_t columns,
+           int unified_dtype, bool leave_out) {
+  expect_dtype("unified_dtype", unified_dtype);
+  py::gil_scoped_release release;
+  place.run(cuda::elect,
+            cuda::ElectParams{tensors.list(), pointer<void>(unified), pointer<uint8_t>(masks),
+                              pointer<double>(magnitudes), pointer<double>(scratch), rows, columns,
+                              unified_dtype, leave_out, place.multiprocessors});
+}
+
 void probe(int device, uintptr_t arch, uintptr_t stream) {
   make_place(device, 1, stream).run(cuda::probe, cuda::ProbeParams{pointer<int32_t>(arch)});
 }
@@ -237,6 +252,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("magnitude_refine", &magnitude_refine);
   m.def("ties_merge", &ties_merge);
   m.def("ties_masks", &ties_masks);
+  m.def("mask_scratch_doubles", &mask_scratch_doubles, py::arg("rows"), py::arg("columns"),
+        py::arg("k"), "The same for masks that are packed row by row.");
+  m.def("elect", &elect);
   m.attr("histogram_bins") = cuda::kHistogramBins;
   m.attr("max_deltas") = cuda::kMaxDeltas;
   m.def("device_info", &device_info,

@@ -84,6 +84,18 @@ inline bool has_vectors(const TensorList& list, int64_t t, int width, const void
   return all % 16 == 0 && list.sizes[t] % width == 0;
 }
 
+// The only tensor of a list as a table.
+inline TensorTable single_table(const TensorList& list, void* out, int out_dtype) {
+  TensorTable table = {};
+  table.count = 1;
+  table.k = int(list.k);
+  table.base_dtype = list.base_dtype;
+  table.out_dtype = out_dtype;
+  table.rows[0] = {0, 0, list.sizes[0], 0, list.bases[0], nullptr, out};
+  for (int64_t k = 0; k < list.k; ++k) table.deltas[k] = list.deltas[k];
+  return table;
+}
+
 // Cuts a list into tables and calls run(table, vectors) for each; `common` holds what all share.
 template <class Run>
 cudaError_t for_each_table(const TensorList& list, const void* const* grads, void* const* outs,

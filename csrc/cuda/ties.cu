@@ -257,18 +257,6 @@ int64_t blocks_for(int64_t size, int width) {
   return (size + per_block - 1) / per_block;
 }
 
-// The only tensor of a list as a table.
-TensorTable single_table(const TensorList& list, void* out, int out_dtype) {
-  TensorTable table = {};
-  table.count = 1;
-  table.k = int(list.k);
-  table.base_dtype = list.base_dtype;
-  table.out_dtype = out_dtype;
-  table.rows[0] = {0, 0, list.sizes[0], 0, list.bases[0], nullptr, out};
-  for (int64_t k = 0; k < list.k; ++k) table.deltas[k] = list.deltas[k];
-  return table;
-}
-
 bool overlap(const void* a, int64_t a_bytes, const void* b, int64_t b_bytes) {
   auto first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
   return first < second + uintptr_t(b_bytes) && second < first + uintptr_t(a_bytes);

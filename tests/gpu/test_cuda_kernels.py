@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from fastmerge import _native
 from fastmerge._native import cpu, cuda, extensions
+from fastmerge.ops._bits import mask_rows, packed_shape
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())
 
@@ -385,3 +387,27 @@ def test_too_many_deltas_are_refused(device) -> None:
         run_streaming(cuda, moved, torch.float32, True, device)
     with pytest.raises(ValueError, match="deltas: the CUDA kernels take at most"):
         cuda.ties_merge(None, moved.deltas, moved.coefficients, moved.grad)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (513,), (8200,), (3, 5), (1, 8195)], ids=str)
+def test_elect(device, shape: tuple[int, ...], experts: bool) -> None:
+    for index, count in enumerate([2, 9]):
+        dtype, unified_dtype = DTYPES[(index + len(shape)) % 3], DTYPES[index % 3]
+        size = math.prod(shape)
+        case = Case(size, count, dtype, dtype)
+        for k, delta in enumerate(case.deltas):
+            delta[k % 5 :: 7] = torch.tensor(SPECIAL).to(dtype)[k % len(SPECIAL)]
+            delta[3::4] = (-1) ** k  # cancels exactly for an even number of task vectors
+        results = []
+        for kernels, where, offset in ((cpu, "cpu", 0), (cuda, device, index % 2)):
+            moved = case.on(where, offset)
+            unified = poisoned(size, unified_dtype, where, offset)
+            masks = torch.full((count, *packed_shape(shape)), 0xA5, dtype=torch.uint8, device=where)
+            base = moved.base if experts else None
+            sums = kernels.elect(
+                base, moved.deltas, unified, masks, mask_rows(shape), index % 2 == 0
+            )
+            results.append((unified, masks, sums))
+        for found, expected in zip(results[1], results[0], strict=True):
+            same_bytes(found, expected)

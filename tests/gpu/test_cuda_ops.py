@@ -34,6 +34,7 @@ def run_ops(device: torch.device | str) -> list[torch.Tensor]:
         fastmerge.ops.magnitude_threshold(deltas[0], density=0.3, base=base),
         fastmerge.ops.ties_merge(deltas, density=0.4, base=base, scaling=0.3),
         fastmerge.ops.ties_masks(deltas, density=0.4),
+        *fastmerge.ops.elect(deltas),
     ]
     outs = [torch.empty_like(base) for _ in range(3)]
     fastmerge.ops.weighted_sum([base] * 3, [deltas] * 3, case.coefficients, out=outs)

@@ -138,6 +138,29 @@ struct TiesMasksParams {
   int multiprocessors;
 };
 
+// total = sum_k tau_k, a NaN taken as 0; unified = the largest tau_k where total > 0, else the
+// smallest, 0 if none has that sign, and 0 where total = 0 with `leave_out`. masks: whether tau_k
+// has the sign of unified, entry i of a row in bit i % 8 of its byte i / 8; unused bits are 0. Rows
+// that fill their bytes count as one. magnitudes[0, k] = sum of |tau_k|, magnitudes[1, k] = sum of
+// the stored |unified| where the mask is set. Reads the deltas once for K <= 8, else twice.
+struct ElectParams {
+  TensorList tensors;  // L = 1
+  void* unified;
+  uint8_t* masks;      // [K, rows, ceil(columns / 8)]
+  double* magnitudes;  // [2, K]
+  double* scratch;     // [mask_blocks(rows, columns), 2, K]
+  int64_t rows;
+  int64_t columns;
+  int unified_dtype;
+  bool leave_out;
+  int multiprocessors;
+};
+
+// Blocks in which rows of packed masks are worked on.
+static inline int64_t mask_blocks(int64_t rows, int64_t columns) {
+  return columns % 8 == 0 ? block_count(rows * columns) : rows * block_count(columns);
+}
+
 cudaError_t weighted_sum(WeightedSumParams params, cudaStream_t stream);
 cudaError_t coefficient_grad(CoefficientGradParams params, cudaStream_t stream);
 cudaError_t combine_and_dot(CombineAndDotParams params, cudaStream_t stream);
@@ -145,6 +168,7 @@ cudaError_t magnitude_histogram(MagnitudeHistogramParams params, cudaStream_t st
 cudaError_t magnitude_refine(MagnitudeRefineParams params, cudaStream_t stream);
 cudaError_t ties_merge(TiesMergeParams params, cudaStream_t stream);
 cudaError_t ties_masks(TiesMasksParams params, cudaStream_t stream);
+cudaError_t elect(ElectParams params, cudaStream_t stream);
 cudaError_t probe(ProbeParams params, cudaStream_t stream);
 
 // Whether the binary holds code for the current device; needs no launch.

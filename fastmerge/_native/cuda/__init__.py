@@ -10,6 +10,7 @@ from . import calls
 from .calls import unavailable_reason
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
+from .elect import elect
 from .magnitude_histogram import magnitude_histogram, magnitude_threshold
 from .ties import ties_masks, ties_merge
 from .weighted_sum import weighted_sum
