@@ -31,10 +31,26 @@ SLICES = {
     "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}],
 }
 
+TOKENS = {
+    "merge_method": "average",
+    "base_model": "base",
+    "models": ["a"],
+    "tokenizer": {
+        "source": "a",
+        "tokens": {
+            "w3": {"source": "a", "force": True},
+            "new": {"source": {"kind": "model_token", "model": "base", "token": "w2"}},
+        },
+    },
+}
+
 
 def _plan(recipe):
     checked = read_recipe(yaml.safe_dump(recipe))
     return make_plan(checked, find_folders(checked))[0]
+
+
+FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +58,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "a")):
         write_model(folder / name, tensors_of(seed), words(12))
+        about = {"eos_token_id": [1, 2], "pad_token_id": 0}
+        (folder / name / "generation_config.json").write_text(json.dumps(about))
     before = os.getcwd()
     os.chdir(folder)
     yield folder
@@ -78,8 +96,8 @@ def _damage(value, data):
 )
 @given(
     data=st.data(),
-    file=st.sampled_from(["config.json", "tokenizer.json", "tokenizer_config.json"]),
-    recipe=st.sampled_from([RECIPE, SLICES]),
+    file=st.sampled_from(FILES),
+    recipe=st.sampled_from([RECIPE, SLICES, TOKENS]),
     name=st.sampled_from(["a", "base"]),
 )
 def test_damaged_files_do_no_more_than_raise_an_error_that_names_them(
@@ -115,12 +133,15 @@ def test_links_out_of_the_folder_are_refused(models, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("{}")
     link = models / "base" / "generation_config.json"
+    about = link.read_text()
+    link.unlink()
     link.symlink_to(secret)
     try:
         with pytest.raises(ValueError, match=r"generation_config.json: a symbolic link"):
             _plan(RECIPE)
     finally:
         link.unlink()
+        link.write_text(about)
 
 
 def test_the_home_of_nobody_is_refused():

@@ -56,7 +56,8 @@ def demo_table() -> str:
 
 def bench_table() -> str:
     """Every CPU measure of benches/results as a Markdown table: ratios, each of one run."""
-    path = next(p for p in sorted(RESULTS.glob("*.csv")) if "gpu" not in p.stem)
+    found = sorted(RESULTS.glob("*.csv"))
+    path = next(p for p in found if "gpu" not in p.stem and not p.stem.startswith("jobs"))
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
