@@ -11,7 +11,7 @@ from ..ops._library import accumulate_dtype
 from ._method import Block, Method, Parameter, Pass, Stats
 from ._parameters import check_number
 
-CHUNK = 1 << 17  # entries computed at a time
+CHUNK = 1 << 18  # entries computed at a time, those of all experts counted
 EPSILON = Parameter("epsilon", 1e-5, "task-vector entries up to this count as unchanged")
 
 
@@ -48,8 +48,9 @@ class Ram(Method):
         """Which entries, a copy of the base's [n], task vectors [K, n], and which they change."""
         dtype = accumulate_dtype(block.base, block.experts[0])
         parts = [tensor.reshape(-1) for tensor in (block.base, *block.experts)]
-        for start in range(0, len(parts[0]), CHUNK):
-            rows = slice(start, start + CHUNK)
+        step = max(1, CHUNK // len(parts))
+        for start in range(0, len(parts[0]), step):
+            rows = slice(start, start + step)
             base, *experts = (part[rows].to(dtype, copy=True) for part in parts)
             taus = torch.stack(experts).sub_(base)
             yield rows, base, taus, taus.abs() > self.epsilon
