@@ -59,18 +59,23 @@ inline void elect_tile(const ElectParams& p, int64_t begin, int64_t end, int64_t
   for (int64_t k = 0; k < s.k; ++k) {
     uint8_t* mask = p.masks + k * row_bytes + byte;
     F32 all = zeros(), kept = zeros();
-    for (int64_t i = begin; i < end; i += kLanes) {
-      int64_t n = end - i < kLanes ? end - i : kLanes, at = i - begin;
+    auto vector = [&](int64_t at, int64_t n) {
       F32 base, sign, size;
       memcpy(&base, bases + at, sizeof(base));
       memcpy(&sign, signs + at, sizeof(sign));
       memcpy(&size, sizes + at, sizeof(size));
-      F32 tau = read_tau<kDtype, kExperts>(s, k, i, n, base);
+      F32 tau = read_tau<kDtype, kExperts>(s, k, begin + at, n, base);
       Mask agree = ((sign > zeros()) & (tau > zeros())) | ((sign < zeros()) & (tau < zeros()));
       all = all + absolute(tau);
       kept = kept + select(agree, size, zeros());
-      store_mask(mask, end - begin, at, bits(agree));
+      return bits(agree);
+    };
+    int64_t at = 0, count = end - begin;
+    for (; at + kLanes <= count; at += kLanes) {
+      uint16_t word = uint16_t(vector(at, kLanes));
+      memcpy(mask + at / 8, &word, sizeof(word));
     }
+    if (at < count) store_mask(mask, count, at, vector(at, count - at));
     sums[k] += fold(all);
     sums[s.k + k] += fold(kept);
   }
