@@ -54,6 +54,13 @@ def entropy_gradient(i: Inputs) -> Tensor:
     return torch.autograd.grad(ops.softmax_entropy(logits).sum(), logits)[0]
 
 
+def combined_rows(i: Inputs) -> tuple[Tensor, Tensor]:
+    lam = random((3, len(i.experts)), torch.float32, 7)
+    out, grads = torch.full((2, 3, *i.base.shape), torch.nan, dtype=i.base.dtype)
+    grads.copy_(i.grad)
+    return out, cpu.combine_rows(i.base, i.experts, lam, out, grads, True)
+
+
 # Of every kernel: its op, and whether the reference gives the same bytes.
 CASES: dict[str, tuple[Callable[[Inputs], Tensor | tuple[Tensor, ...]], bool]] = {
     "weighted_sum": (lambda i: ops.weighted_sum(i.base, Experts(i.experts), i.coefficients), True),
@@ -65,6 +72,7 @@ CASES: dict[str, tuple[Callable[[Inputs], Tensor | tuple[Tensor, ...]], bool]] =
         lambda i: ops.combine_and_dot(i.base, Experts(i.experts), i.coefficients, i.grad),
         False,
     ),
+    "combine_rows": (combined_rows, False),
     "magnitude_histogram": (lambda i: ops.magnitude_threshold(i.taus[0], density=0.3), True),
     "magnitude_bracket": (lambda i: ops.magnitude_bracket(i.taus[0], 1 << 29, shift=20), True),
     "ties_merge": (
