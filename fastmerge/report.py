@@ -25,10 +25,15 @@ LABELS = {
     "adamerging_pp": "AdaMerging++ layer-wise",
     "adamerging_layer_kl": "AdaMerging layer-wise, KL",
     "adamerging_layer_kl_bf16": "AdaMerging layer-wise, KL, bf16",
+    "emr": "EMR-Merging",
+    "tall": "TALL masks",
+    "twin": "Twin-Merging",
+    "wemoe": "WEMoE",
 }
 _TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _STATIC = ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f")
 _LEARNED = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
+_DYNAMIC = ("#a1d99b", "#74c476", "#31a354", "#006d2c")
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,8 @@ def learning_curves(curves: Sequence[Curve], path: str | Path, title: str = "") 
 
 
 def bar_chart(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
-    """Accuracies as bars: one group a task, the average last; static grey, learned blue.
+    """Accuracies as bars: one group a task, the average last; static grey, learned blue,
+    with experts kept green.
 
     Args:
         rows: rows as for `accuracy_table`.
@@ -305,6 +311,45 @@ def bar_chart(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = 
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     if title:
         axis.set_title(title, fontsize=11)
+    return save_figure(figure, path)
+
+
+def routing(weights: Tensor, tasks: Sequence[str], path: str | Path, title: str = "") -> Path:
+    """Mean weight that the rows of each task (down) give to each expert (across), with numbers.
+
+    Args:
+        weights: [T, K].
+        tasks: names of the T tasks, and of their experts.
+        path: PNG file to write.
+        title: shown above.
+
+    Raises:
+        ValueError: the weights are not [T, T].
+        RuntimeError: matplotlib is not installed.
+    """
+    count = len(tasks)
+    if list(weights.shape) != [count, count]:
+        raise ValueError(f"weights have shape {list(weights.shape)}, expected {[count, count]}")
+    values = weights.detach().double().cpu().numpy()
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(
+        figsize=(2.6 + 0.8 * count, 1.8 + 0.6 * count), layout="constrained"
+    )
+    high = max(float(values.max()), 1e-6)
+    axis.imshow(values, cmap="Blues", vmin=min(0.0, float(values.min())), vmax=high)
+    for i in range(count):
+        for j in range(count):
+            color = "white" if values[i, j] > 0.6 * high else "black"
+            axis.text(
+                j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=9, color=color
+            )
+    axis.set_xticks(range(count), tasks)
+    axis.set_yticks(range(count), tasks)
+    axis.set_xlabel("expert")
+    axis.set_ylabel("task of the rows")
+    axis.tick_params(length=0)
+    if title:
+        axis.set_title(title, fontsize=10)
     return save_figure(figure, path)
 
 
@@ -358,14 +403,15 @@ def _colors(tasks: Mapping[str, Any]) -> dict[str, str]:
 
 def _bar_colors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     colors = {"pretrained": "#f2d9a6", "individual": "#c9a227"}
-    counts = {"static": 0, "learned": 0}
+    counts = {"static": 0, "learned": 0, "dynamic": 0}
     out = []
     for row in rows:
         if row["method"] in colors:
             out.append(colors[row["method"]])
             continue
-        kind = "learned" if "adamerging" in row["method"] else "static"
-        palette = _LEARNED if kind == "learned" else _STATIC
+        dynamic = row["method"] in ("emr", "tall", "twin", "wemoe")
+        kind = "dynamic" if dynamic else "learned" if "adamerging" in row["method"] else "static"
+        palette = {"static": _STATIC, "learned": _LEARNED, "dynamic": _DYNAMIC}[kind]
         out.append(palette[counts[kind] % len(palette)])
         counts[kind] += 1
     return out

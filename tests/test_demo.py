@@ -242,6 +242,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     static = ["average", "task_arithmetic", "task_arithmetic_tuned", "ties", "ties_tuned"]
     assert named == [
         *((name, "strict") for name in ["pretrained", "individual", *static, *learned]),
+        *((name, "strict") for name in run.DYNAMIC),
         *((name, "paper") for name in learned),
     ]
     for row in finished:
@@ -252,7 +253,11 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     stored = {row.record["method"]: row.record["stored_mib"] * 2**20 for row in finished}
     one, merged = stored_bytes(dict(bench.encoder.named_parameters())), stored_bytes(bench.base)
     assert stored.pop("individual") == one + 2 * merged
+    kept = {name: stored.pop(name) - one for name in run.DYNAMIC}
     assert set(stored.values()) == {one}
+    masks = sum(-(-t.numel() // 8) for t in bench.base.values())
+    assert kept["emr"] == kept["tall"] == merged + 3 * masks  # whole bytes: sizes fit the masks
+    assert 0 < kept["twin"] < 3 * merged and 0 < kept["wemoe"] < 4 * merged
     assert _same(merged_state(bench.encoder), bench.base)
     files = run.plot(finished, SETTINGS, tmp_path)
     assert {file.name for file in files} == {
@@ -262,6 +267,8 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
         "coefficients-adamerging_pp.png",
         "coefficients-adamerging_layer_kl.png",
         "coefficients-adamerging_layer_kl_bf16.png",
+        "routing-twin.png",
+        "routing-wemoe.png",
     }
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
     best = max(
@@ -271,6 +278,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     )
     notes = run.describe([row.record for row in finished], SETTINGS)
     assert any(note.startswith(f"Best learned {best:.1f} (AdaMerging") for note in notes)
+    assert any(note.startswith("Best that keeps its experts") for note in notes)
 
 
 def test_the_mixed_batch_has_rows_of_all_tasks_in_turn(bench):

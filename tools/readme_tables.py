@@ -22,6 +22,10 @@ NAMES = {
     "adamerging_pp": "AdaMerging++ layer-wise, entropy",
     "adamerging_layer_kl": "AdaMerging layer-wise, KL to the experts",
     "adamerging_layer_kl_bf16": "AdaMerging layer-wise, KL, learned in bf16",
+    "emr": "EMR-Merging, task given",
+    "tall": "TALL masks, task given",
+    "twin": "Twin-Merging, routed",
+    "wemoe": "WEMoE, routed",
 }
 RESULTS = ROOT / "benches" / "results"
 

@@ -22,7 +22,7 @@ from ..report import LABELS, Curve
 from .evaluate import accuracies, accuracy, embed
 from .measure import Cost, measured
 from .model import INCLUDE, Encoder
-from .serving import MixedBatch, milliseconds, stored_bytes
+from .serving import MixedBatch, held_bytes, milliseconds, stored_bytes
 from .settings import Settings
 from .tasks import Split, TaskData
 
@@ -86,19 +86,13 @@ class Bench:
     def mixed(self) -> MixedBatch:
         return MixedBatch.of(self.scored, self.settings.mixed_rows)
 
-    @cached_property
-    def unmerged_bytes(self) -> int:
-        """Bytes of the parameters that every way of merging shares."""
-        return stored_bytes(dict(self.encoder.named_parameters())) - stored_bytes(self.base)
-
-    def serving(self, run: Callable[[], object], merged_bytes: int) -> dict[str, float]:
-        """stored_mib and batch_ms of a row whose merged parameters take so many bytes."""
-        stored = self.unmerged_bytes + merged_bytes
+    def serving(self, run: Callable[[], object], stored: int) -> dict[str, float]:
+        """stored_mib and batch_ms of a row whose weights take so many bytes."""
         return {"stored_mib": stored / 2**20, "batch_ms": milliseconds(run)}
 
     def serving_one_model(self) -> dict[str, float]:
         """The same for the encoder as it is."""
-        return self.serving(lambda: self.encoder(self.mixed.ids), stored_bytes(self.base))
+        return self.serving(lambda: self.encoder(self.mixed.ids), held_bytes(self.encoder))
 
 
 class Adaptation:
@@ -164,14 +158,16 @@ class Row:
             the chosen scaling or a warning where there is one.
         curve: entropy and accuracy while learning, or None.
         coefficients: the learned coefficients [L, K] and the tensor names, or None.
+        routing: mean weight that the rows of each task give to each expert [T, K], or None.
     """
 
     record: dict[str, Any]
     curve: Curve | None = None
     coefficients: tuple[Tensor, list[str]] | None = field(default=None, repr=False)
+    routing: Tensor | None = field(default=None, repr=False)
 
 
-def _row(
+def record(
     bench: Bench, method: str, accuracy: dict[str, float], cost: Cost, protocol: str = "strict",
     **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -191,7 +187,7 @@ def pretrained(bench: Bench) -> Row:
     """The base model with its zero-shot heads."""
     with measured() as cost, cost.paused():
         result = bench.score(bench.base)
-    return Row(_row(bench, "pretrained", result, cost, **bench.serving_one_model()))
+    return Row(record(bench, "pretrained", result, cost, **bench.serving_one_model()))
 
 
 def individual(bench: Bench) -> Row:
@@ -206,8 +202,10 @@ def individual(bench: Bench) -> Row:
         for name, state in bench.experts.items():
             functional_call(bench.encoder, state, (bench.mixed.of_task(name),))
 
-    serving = bench.serving(serve, sum(map(stored_bytes, bench.experts.values())))
-    return Row(_row(bench, "individual", result, cost, **serving))
+    unmerged = held_bytes(bench.encoder) - stored_bytes(bench.base)
+    own = sum(map(stored_bytes, bench.experts.values()))
+    serving = bench.serving(serve, unmerged + own)
+    return Row(record(bench, "individual", result, cost, **serving))
 
 
 def static(bench: Bench, method: str, **parameters: Any) -> Row:
@@ -218,7 +216,7 @@ def static(bench: Bench, method: str, **parameters: Any) -> Row:
             result = accuracies(encoder, bench.heads, bench.scored)
             serving = bench.serving_one_model()
     more = {"scaling": parameters["scaling"]} if "scaling" in parameters else {}
-    return Row(_row(bench, method, result, cost, **more, **serving))
+    return Row(record(bench, method, result, cost, **more, **serving))
 
 
 def tuned(bench: Bench, method: str) -> Row:
@@ -255,7 +253,7 @@ def tuned(bench: Bench, method: str) -> Row:
             fm.detach(encoder)
     cost.seconds += adaptation.expert_cost.seconds
     more = {"scaling": best, "objective": settings.tune_objective, **serving}
-    return Row(_row(bench, f"{method}_tuned", result, cost, **more))
+    return Row(record(bench, f"{method}_tuned", result, cost, **more))
 
 
 def learned(
@@ -303,39 +301,7 @@ def learned(
     collapses = [str(w.message) for w in caught if issubclass(w.category, CollapseWarning)]
     more = {"objective": objective, **serving} | ({"warnings": collapses} if collapses else {})
     return Row(
-        _row(bench, method, result, cost, protocol, **more),
+        record(bench, method, result, cost, protocol, **more),
         Curve(LABELS[method], history.entropy, history.evaluations),
         (coefficients.matrix(), coefficients.names),
     )
-
-
-def plan(settings: Settings, full: bool) -> list[Callable[[Bench], Row]]:
-    """The table's rows in order, each as a function of the shared parts."""
-    pp = {"method": "ties", "density": settings.ties_density}
-    ties = {"density": settings.ties_density, "scaling": settings.ties_scaling, "merge": "mean"}
-    rows: list[Callable[[Bench], Row]] = [
-        pretrained,
-        individual,
-        lambda bench: static(bench, "average"),
-        lambda bench: static(bench, "task_arithmetic", scaling=settings.scaling),
-        lambda bench: tuned(bench, "task_arithmetic"),
-        lambda bench: static(bench, "ties", **ties),
-        lambda bench: tuned(bench, "ties"),
-    ]
-    kinds: dict[str, dict[str, Any]] = {
-        "adamerging_task": {"granularity": "task"},
-        "adamerging_layer": {},
-        "adamerging_pp": {"trim": pp},
-        "adamerging_layer_kl": {"objective": "kl"},
-        "adamerging_layer_kl_bf16": {"objective": "kl", "dtype": torch.bfloat16},
-    }
-    default = ("adamerging_layer", "adamerging_layer_kl")
-    for protocol in ("strict", "paper") if full else ("strict",):
-        for method, options in kinds.items():
-            if full or method in default:
-                rows.append(
-                    lambda bench, m=method, o=options, p=protocol: learned(
-                        bench, m, protocol=p, **o
-                    )
-                )
-    return rows

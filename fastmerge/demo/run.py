@@ -22,6 +22,7 @@ from ..info import commit, device_name
 from . import experts, rows, tasks
 from .data import Wheels
 from .model import head, load_encoder, load_tokenizer, merged_state
+from .plan import plan
 from .settings import Settings
 
 LEARNED = (
@@ -31,6 +32,7 @@ LEARNED = (
     "adamerging_layer_kl",
     "adamerging_layer_kl_bf16",
 )
+DYNAMIC = ("emr", "tall", "twin", "wemoe")
 _REFERENCE = ("pretrained", "individual")
 
 
@@ -130,7 +132,7 @@ def prepare(wheels: Wheels, settings: Settings, seed: int, log: Console) -> rows
 def run_rows(bench: rows.Bench, full: bool, log: Console) -> list[rows.Row]:
     """Every row of one seed, reported on `log` as it is finished."""
     finished = []
-    for make in rows.plan(bench.settings, full):
+    for make in plan(bench.settings, full):
         row = make(bench)
         record = row.record
         log.print(
@@ -147,7 +149,9 @@ def run_rows(bench: rows.Bench, full: bool, log: Console) -> list[rows.Row]:
 def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[str]:
     """The lines below the table: how rows came about, and what they show."""
     best_learned = _best(records, LEARNED)
-    best_static = _best(records, {record["method"] for record in records} - {*LEARNED, *_REFERENCE})
+    best_static = _best(
+        records, {record["method"] for record in records} - {*LEARNED, *DYNAMIC, *_REFERENCE}
+    )
     lines = [
         f"{settings.test_rows} scored rows a task: the standard error of a mean is "
         f"{report.standard_error(best_learned, settings.test_rows):.1f} points.",
@@ -162,6 +166,12 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
         f"Best learned {best_learned['average']:.1f} ({report.label(best_learned)}), best static "
         f"{best_static['average']:.1f} ({report.label(best_static)}).",
     ]
+    if any(record["method"] in DYNAMIC for record in records):
+        best = _best(records, DYNAMIC)
+        lines.append(
+            f"Best that keeps its experts {best['average']:.1f} ({report.label(best)}); EMR and "
+            "TALL are told each row's task, Twin-Merging and WEMoE route by the row itself."
+        )
     collapsed = [record for record in records if "warnings" in record]
     lines += [
         f"{report.label(record)}: predictions collapsed on a task, see the warning above."
@@ -171,7 +181,8 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
 
 
 def plot(run: Sequence[rows.Row], settings: Settings, out: Path) -> list[Path]:
-    """Write the bar chart, the learning curves, and a heat map for each layer-wise learned row."""
+    """Write the bar chart, the learning curves, a heat map for each layer-wise learned row, and
+    where routers send each task's rows."""
     strict = [row for row in run if row.record["protocol"] == "strict"]
     curves = [row.curve for row in strict if row.curve is not None]
     files = [
@@ -186,6 +197,15 @@ def plot(run: Sequence[rows.Row], settings: Settings, out: Path) -> list[Path]:
         ),
     ]
     for row in strict:
+        if row.routing is not None:
+            method = row.record["method"]
+            title = f"{report.LABELS[method]}: weight of each expert on the scored rows of a task"
+            if "router_accuracy" in row.record:
+                title += (
+                    f"\nthe right task is the likeliest on {row.record['router_accuracy']:.1f} %"
+                )
+            file = out / f"routing-{method}.png"
+            files.append(report.routing(row.routing, settings.tasks, file, title))
         if row.coefficients is not None and row.record["method"] != "adamerging_task":
             matrix, names = row.coefficients
             method = row.record["method"]

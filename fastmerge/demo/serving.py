@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..merged_functions import is_merged
 from .tasks import Split
 
 _ROUNDS = 9
@@ -51,6 +52,12 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters; of merged weights, those of base and deltas."""
+    parts = {id(p): p for p in model.parameters()}.values()
+    return sum(p.base.nbytes + p.deltas.nbytes() if is_merged(p) else p.nbytes for p in parts)
+
+
 def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of these tensors' values."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -56,6 +56,11 @@ class Settings:
     ties_grid: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8)
     tune_objective: str = "kl"
 
+    # The paper's router trains 10 epochs of 1024 rows; batches of 64 give as many steps here.
+    router_epochs: int = 10
+    router_batch: int = 64
+    router_rate: float = 3e-3
+
     mixed_rows: int = 8  # rows of each task in the batch whose time is measured
 
     curve_every: int = 20
