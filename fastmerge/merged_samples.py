@@ -99,7 +99,8 @@ def linear(how: str, x: Tensor, weight: Any, bias: Any, transpose: bool = False)
     lam = rows.view(*lead, rows.shape[1])
     y = ops.merged_linear(x, base, deltas, lam, shared, transpose=transpose)
     if bias is not None and shared is None:
-        y += bias.data.view(*lead, -1)
+        own = bias.data.view(*lead, -1)
+        y = y + own if y.requires_grad else y.add_(own)  # autograd forbids writing to a view
     return y.flatten(0, 1) if flattened else y
 
 
