@@ -412,3 +412,34 @@ def test_twin_under_compile(net):
         expected = twin(x)
         found = torch.compile(twin, backend="aot_eager")(x)
     close(found, expected)
+
+
+def test_through_the_front_door(net, tmp_path):
+    """`fm.build`, `fm.task`, `fm.fold`, `fm.save`, `fm.load`."""
+    experts, x = experts_of(net), images(4)
+    twin = fm.build(
+        net, experts, method="twin", rank_ratio=0.5, features=state_features, least=0.01
+    )
+    with pytest.raises(RuntimeError, match="no router"):
+        twin(x)
+    inputs = {task: [images(8, seed)] for seed, task in enumerate(TASKS)}
+    fm.train_router(twin, inputs, epochs=2, held_out=0)
+    fm.save(twin, tmp_path / "twin")
+    again = fm.load(tmp_path / "twin", net, features=state_features)
+    assert torch.equal(again(x), twin(x))
+    ids = ["signs", "digits", "fields", "signs"]
+    with fm.task(twin, ids):
+        found = twin(x)
+        with pytest.raises(ValueError, match="4 task ids for a batch of 3"):
+            twin(x[:3])
+    for row, task in enumerate(ids):
+        plain = copy.deepcopy(net)
+        plain.load_state_dict(fm.fold(again, task))
+        close(found[row], plain(x[row : row + 1])[0])
+    for wrong in ("cars", 3, ["digits", "cars"], torch.tensor([0, 3])):
+        with pytest.raises(ValueError, match=r"unknown task|is not in 0\.\.2"):
+            fm.task(twin, wrong)
+    with torch.no_grad():
+        net.up.bias += 1
+    with pytest.raises(ValueError, match="belongs to another base model"):
+        fm.load(tmp_path / "twin", net)

@@ -1,8 +1,18 @@
 """Storage formats of the K deltas of one tensor: what is kept, and how tau_k is read from it."""
 
 from ._format import Deltas, OwnOperations, Stored
+from .factor_pairs import FactorPairs
 from .low_rank import LowRank
 from .masked import Masked
 from .stored import Dense, Experts
 
-__all__ = ["Deltas", "Dense", "Experts", "LowRank", "Masked", "OwnOperations", "Stored"]
+__all__ = [
+    "Deltas",
+    "Dense",
+    "Experts",
+    "FactorPairs",
+    "LowRank",
+    "Masked",
+    "OwnOperations",
+    "Stored",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -11,21 +10,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from ..adapters import selected
 from ..attachment import attach_deltas, check_unattached, parameter_places
 from ..checking import Patterns, check_models, matches, select_names
 from ..decomposition import low_rank_factors
-from ..deltas import Deltas, Dense, Experts, LowRank
+from ..deltas import Deltas, Dense, Experts, FactorPairs, LowRank
 from ..merged_weight import MergedWeight
 from ..merging import merge
 from ..row_coefficients import RowCoefficients
+from ..sample_values import SampleValues
 from ..sources import read_experts, read_tensors
-from .dynamic import DynamicModel
+from .copies import with_values
+from .dynamic import DynamicModel, check_batch
 from .task_router import TaskRouter, binned, pooled_state
+from .twin_lora import factor_pairs
 
 RANK_RULES = ("exact", "float")
 ROUTINGS = ("soft", "one_hot", "binned")
 SELECTIONS = ("all", "task_tensors")
+LORA = ("product", "factors")
+FACTOR_RANK = 8
 TASK_TENSORS = {"paper": None, "code": ("*classifier*", "*bias*")}
 
 
@@ -133,12 +139,15 @@ class TwinMerging(DynamicModel):
         Raises:
             RuntimeError: no task is selected, and there is no router or a tensor follows the task.
         """
+        if self.selected is not None and self.selected.dim() == 2:
+            check_batch(len(self.selected), args, kwargs)
         if self.selected is not None and self.selection == "all":
             rows = self.selected
         else:
             rows = self.weights(*args, **kwargs)
         with self._computing_with(rows, self.selected if self.task_tensors else None):
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
+        return pytree.tree_map(lambda y: y.of_batch() if isinstance(y, SampleValues) else y, output)
 
     def weights(self, *args: Any, **kwargs: Any) -> Tensor:
         """How much of each task the router gives each sample of these inputs, [B, K]; [K] of 1 for
@@ -221,6 +230,7 @@ class TwinMerging(DynamicModel):
         least: float = 0.0,
         router: TaskRouter | None = None,
         features: Callable[..., Tensor] | None = None,
+        lora: str = "product",
         seed: int = 0,
         allow_nonfinite: bool = False,
     ) -> TwinMerging:
@@ -241,6 +251,9 @@ class TwinMerging(DynamicModel):
             exclude: parameters that stay the base's.
             routing, selection, least, features: as of the class.
             router: one that was trained for these tasks before.
+            lora: what of adapters is merged: "product", the weights they stand for, as in the
+                paper's appendix, or "factors", A and B each by itself, as in the code, with
+                `rank` (8 by default) of the rests of each. Only for experts that all are adapters.
             seed: of the randomized decomposition.
             allow_nonfinite: accept NaN or Inf in base or experts where no matrix is decomposed.
 
@@ -257,6 +270,30 @@ class TwinMerging(DynamicModel):
         _, tied = parameter_places(model)
         floating = [name for name, p in parameters.items() if p.is_floating_point()]
         names = select_names(floating, None, exclude)
+        if lora not in LORA:
+            raise ValueError(f"lora must be one of {', '.join(LORA)}, got {lora!r}")
+        options = {
+            "routing": routing,
+            "selection": selection,
+            "least": least,
+            "features": features,
+        }
+        if lora == "factors":
+            if isinstance(shared, Mapping):
+                raise ValueError("lora='factors' needs a number as shared=, lambda of the factors")
+            tasks, found = factor_pairs(
+                experts,
+                read_tensors(model, "base"),
+                tied,
+                scaling=shared,
+                rank=rank or FACTOR_RANK,
+                svd=svd,
+                seed=seed,
+                allow_nonfinite=allow_nonfinite,
+            )
+            twin = cls(with_values(model, {}), selected(found, names), tasks, **options)
+            twin.set_router(router)
+            return twin.train(model.training)
         base = {name: parameters[name].detach() for name in names}
         tasks, tensors = check_models(
             base,
@@ -270,7 +307,7 @@ class TwinMerging(DynamicModel):
         ranks = {
             name: _rank(name, base[name].shape, rank_ratio, rank_rule, rank)
             for name in mixed
-            if _is_matrix(base[name].shape) and not matches(name, whole)
+            if is_matrix(base[name].shape) and not matches(name, whole)
         }
         merged = _shared(
             {name: base[name] for name in mixed},
@@ -285,16 +322,7 @@ class TwinMerging(DynamicModel):
         deltas |= {name: Experts([t.contiguous() for t in tensors[name]]) for name in own}
         if not deltas:
             raise ValueError("the experts are all alike: there is nothing to mix")
-        twin = cls(
-            _with(model, merged),
-            deltas,
-            tasks,
-            task_tensors=own,
-            routing=routing,
-            selection=selection,
-            least=least,
-            features=features,
-        )
+        twin = cls(with_values(model, merged), deltas, tasks, task_tensors=own, **options)
         twin.set_router(router)
         return twin.train(model.training)
 
@@ -315,6 +343,9 @@ class TwinMerging(DynamicModel):
         """What is saved: the shared expert, the tasks' parts and the router."""
         saved: dict[str, Tensor] = {}
         for name, weight in self._weights().items():
+            if isinstance(weight.deltas, FactorPairs):
+                saved |= _factors_to_save(name, weight.deltas)
+                continue
             saved[f"shared.{name}"] = weight.base
             if isinstance(weight.deltas, LowRank):
                 saved |= {f"down.{name}": weight.deltas.down, f"up.{name}": weight.deltas.up}
@@ -338,6 +369,7 @@ class TwinMerging(DynamicModel):
                 for name, w in weights.items()
                 if isinstance(w.deltas, LowRank)
             },
+            "factors": [n for n, w in weights.items() if isinstance(w.deltas, FactorPairs)],
             "dense": [name for name, w in weights.items() if isinstance(w.deltas, Dense)],
             "router": None
             if self.router is None
@@ -370,7 +402,9 @@ class TwinMerging(DynamicModel):
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
         deltas: dict[str, Deltas] = {}
-        for name in parts["shared"]:
+        for name in config["factors"]:
+            deltas[name] = _saved_factors(name, parts, len(tasks))
+        for name in parts.get("shared", {}):
             if name in config["ranks"]:
                 ranks = config["ranks"][name]
                 down, up = parts["down"][name], parts["up"][name]
@@ -379,7 +413,7 @@ class TwinMerging(DynamicModel):
                 kind = Dense if name in config["dense"] else Experts
                 deltas[name] = kind([parts[f"task{k}"][name] for k in range(len(tasks))])
         twin = cls(
-            _with(model, parts["shared"]),
+            with_values(model, parts.get("shared", {})),
             deltas,
             tasks,
             task_tensors=config["task_tensors"],
@@ -419,7 +453,7 @@ def _check_options(routing: str, selection: str, least: float) -> None:
         raise ValueError(f"least must be at least 0 and less than 1, got {least}")
 
 
-def _is_matrix(shape: Sequence[int]) -> bool:
+def is_matrix(shape: Sequence[int]) -> bool:
     """Whether a tensor has rows and columns: class tokens and position tables [1, ..] have not."""
     return len(shape) > 1 and rank_of(shape, 1.0) > 1
 
@@ -467,12 +501,15 @@ def _rest(
     return LowRank(down, up)
 
 
-def _with(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model with other values of some parameters, sharing the others."""
-    clone = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    places, _ = parameter_places(clone)
-    for name, value in values.items():
-        for module, attribute in places.get(name, ()):
-            trained = module._parameters[attribute].requires_grad
-            module._parameters[attribute] = nn.Parameter(value, trained)
-    return clone
+def _factors_to_save(name: str, pairs: FactorPairs) -> dict[str, Tensor]:
+    saved = {f"shared_down.{name}": pairs.down, f"shared_up.{name}": pairs.up}
+    for side, rests in (("down", pairs.downs), ("up", pairs.ups)):
+        saved |= {f"{side}{k}.{name}": rest for k, rest in enumerate(rests.tensors)}
+    return saved
+
+
+def _saved_factors(name: str, parts: Mapping[str, Mapping[str, Tensor]], count: int) -> FactorPairs:
+    downs, ups = (
+        Dense([parts[f"{side}{k}"][name] for k in range(count)]) for side in ("down", "up")
+    )
+    return FactorPairs(parts["shared_down"][name], parts["shared_up"][name], downs, ups)
