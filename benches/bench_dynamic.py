@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 import fastmerge as fm
 from fastmerge.deltas import Deltas, Dense, LowRank
 from fastmerge.modules.task_router import TaskRouter
 from fastmerge.modules.twin import TwinMerging, is_matrix, rank_of
 
-from .side_by_side import Results, interleaved
+from .rebuilt import rebuilt
+from .side_by_side import Results, interleaved, synchronize
 from .step_models import draw_images
 from .vision import TASKS, build
 
@@ -80,6 +82,17 @@ def _by_weights(model: TwinMerging) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
+def _routed(base: nn.Module, experts: list[nn.Module], routing: str = "sample") -> nn.Module:
+    """WEMoE with routers by which samples differ, as trained ones' do."""
+    model = fm.build(base, experts, method="wemoe", routing=routing)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for router in model.routers:
+            noise = torch.randn(router.weight.shape, generator=generator)
+            router.weight.add_(noise.to(router.weight.device), alpha=0.1)
+    return model
+
+
 # {row of the results: how the base model and its experts become something to call with images}
 ROWS: dict[str, Callable] = {
     "emr": lambda base, experts: _by_task(fm.build(base, experts, method="emr")),
@@ -87,6 +100,8 @@ ROWS: dict[str, Callable] = {
     "twin, one-hot": lambda base, experts: _by_task(_twin(base)),
     "twin, dense": lambda base, experts: _by_weights(_twin(base)),
     "twin, dense and its router": lambda base, experts: _twin(base),
+    "wemoe": _routed,
+    "wemoe, batch mean": lambda base, experts: _routed(base, experts, "batch"),
 }
 
 
@@ -103,6 +118,24 @@ def test_mixed_batch(benchmark, name, models, device, rounds, small, results: Re
         ratios = results.add("P8", CASE, seconds, "plain forward")
         benchmark.extra_info["ratio"] = ratios[name]
         benchmark.pedantic(variants[name], rounds=1)
+
+
+@torch.no_grad()
+def test_wemoe_beside_rebuilt_weights(models, device, rounds, small, results: Results):
+    """The rival builds every sample's MLPs, as the public code evaluates; it runs once."""
+    base, experts = models
+    images = draw_images(IMAGES_PER_TASK, small, device)
+    model = _routed(base, experts)
+    static = fm.merge(base, experts, method="task_arithmetic", scaling=0.3)
+    rival = rebuilt(static, base, experts, list(model.routers))
+    seconds = interleaved({"wemoe": lambda: model(images)}, device, max(3, rounds // 3))
+    begun = time.perf_counter()
+    expected = rival(images)
+    synchronize(device)
+    seconds["rebuilt for every sample"] = time.perf_counter() - begun
+    found = model(images)
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    results.add("P8", CASE, seconds, "wemoe")
 
 
 @pytest.mark.parametrize("method", ["emr", "tall"])
