@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import fastmerge as fm
 from fastmerge.modules.mlp_blocks import find_mlp_blocks
 from fastmerge.modules.router import Router, Routers
-from fastmerge.modules.wemoe import WEMoE
 from fastmerge.objectives import entropy
 
 from .layouts import LAYOUTS, outputs
@@ -102,7 +102,7 @@ def wemoe(layout: str, **options):
     torch.manual_seed(0)
     base, inputs, _ = LAYOUTS[layout]()
     experts = make_experts(base, EXPERTS)
-    model = WEMoE.build(copy.deepcopy(base), experts, **options)
+    model = fm.build(copy.deepcopy(base), experts, **options, method="wemoe")
     return base, experts, model, inputs
 
 
@@ -361,7 +361,7 @@ def test_base_model_stays_as_it_is():
     base, inputs, _ = LAYOUTS["clip"]()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     output = results(base(**inputs))[0]
-    model = WEMoE.build(base, make_experts(base, 2))
+    model = fm.build(base, make_experts(base, 2), method="wemoe")
     model(**inputs)
     assert torch.equal(results(base(**inputs))[0], output)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
@@ -395,7 +395,7 @@ def test_autocast():
     """Products in bf16, coefficients in fp32."""
     base, inputs, _ = LAYOUTS["clip"]()
     base, inputs = base.float(), {name: value.float() for name, value in inputs.items()}
-    model = WEMoE.build(base, make_experts(base, EXPERTS))
+    model = fm.build(base, make_experts(base, EXPERTS), method="wemoe")
     shake(model.routers)
     seen = []
     for route in model.routes:
@@ -410,7 +410,7 @@ def test_autocast():
 def test_16_bit_models_have_routers_in_fp32():
     base, inputs, _ = LAYOUTS["clip"]()
     base, inputs = base.bfloat16(), {name: value.bfloat16() for name, value in inputs.items()}
-    model = WEMoE.build(base, make_experts(base, EXPERTS))
+    model = fm.build(base, make_experts(base, EXPERTS), method="wemoe")
     assert {p.dtype for p in model.routers.parameters()} == {torch.float32}
     output = results(model(**inputs))[0]
     assert output.dtype == torch.bfloat16
@@ -434,7 +434,7 @@ def test_flattened_activations():
 
     torch.manual_seed(0)
     base = nn.Sequential(Layer(), Layer()).double()
-    model = WEMoE.build(base, make_experts(base, EXPERTS))
+    model = fm.build(base, make_experts(base, EXPERTS), method="wemoe")
     shake(model.routers)
     x = torch.randn(3, 5, 4, dtype=torch.float64)
     expected = model(x)
@@ -450,13 +450,26 @@ def test_flattened_activations():
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_generation():
+    """A language model generates for each prompt what it would alone."""
+    _, _, model, _ = wemoe("llama")
+    shake(model.routers)
+    ids = torch.tensor([[3, 7, 9, 21], [11, 2, 5, 8]])
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    model(input_ids=ids[:1])  # another number of samples before
+    both = model.model.generate(ids, **options)
+    for row, prompt in zip(both, ids, strict=True):
+        alone = model.model.generate(prompt[None], **options)[0]
+        assert torch.equal(row[: len(alone)], alone)
+
+
 def test_samples_in_the_second_dimension_are_refused():
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 2, enable_nested_tensor=False)
     with pytest.raises(ValueError, match=r"'self_attn' beside 'layers.0.linear1' has"):
-        WEMoE.build(base, make_experts(base, 2))
+        fm.build(base, make_experts(base, 2), method="wemoe")
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     base = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    model = WEMoE.build(base, make_experts(base, 2))
+    model = fm.build(base, make_experts(base, 2), method="wemoe")
     assert model(torch.randn(2, 3, 4)).shape == (2, 3, 4)
 
 
@@ -467,6 +480,7 @@ def test_samples_in_the_second_dimension_are_refused():
         ({"routing": "token"}, "routing must be 'sample' or 'batch', got 'token'"),
         ({"blocks": ["*.ffn"]}, "no module of CLIPVisionModelWithProjection matches"),
         ({"exclude": "nothing"}, "no tensor name matches 'nothing'"),
+        ({"exclude": "*.mlp.*"}, "exclude leaves no parameter of any MLP"),
     ],
 )
 def test_wrong_options(options, message):
@@ -492,18 +506,18 @@ def test_routers_of_others_are_refused(tmp_path):
     base, experts, model, inputs = wemoe("clip")
     shake(model.routers)
     model.routers.save(path)
-    again = WEMoE.build(base, experts)
+    again = fm.build(base, experts, method="wemoe")
     again.routers.load(path)
     assert torch.equal(results(again(**inputs))[0], results(model(**inputs))[0])
     named = dict(zip(("cars", "mnist", "dtd"), experts, strict=True))
     others = {
         r"tasks \['expert0', 'expert1', 'expert2'\], expected \['cars', 'mnist', 'dtd'\]": (
-            WEMoE.build(base, named)
+            fm.build(base, named, method="wemoe")
         ),
-        "tasks .*, expected .*'expert1'\\]": WEMoE.build(base, experts[:2]),
-        "gate depth 2, expected 1": WEMoE.build(base, experts, depth=1),
-        "MLPs .*layers.1.mlp'\\], expected .*layers.0.mlp'\\]": WEMoE.build(
-            base, experts, blocks="*.layers.0.mlp"
+        "tasks .*, expected .*'expert1'\\]": fm.build(base, experts[:2], method="wemoe"),
+        "gate depth 2, expected 1": fm.build(base, experts, depth=1, method="wemoe"),
+        "MLPs .*layers.1.mlp'\\], expected .*layers.0.mlp'\\]": fm.build(
+            base, experts, blocks="*.layers.0.mlp", method="wemoe"
         ),
     }
     for message, other in others.items():
@@ -514,3 +528,32 @@ def test_routers_of_others_are_refused(tmp_path):
     path.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="not a valid file of routers"):
         model.routers.load(path)
+
+
+def test_saved_and_loaded(tmp_path):
+    """The same outputs to the bit, from the experts' MLPs and not from whole experts."""
+    base, _, model, inputs = wemoe("bert", routing="batch", exclude="pooler.*")
+    shake(model.routers)
+    fm.save(model, tmp_path / "merged")
+    again = fm.load(tmp_path / "merged", base)
+    for a, b in zip(results(again(**inputs)), results(model(**inputs)), strict=True):
+        assert torch.equal(a, b)
+    assert again.tasks == model.tasks and again.mixes_rows
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "expert2.encoder.layer.0.output.dense.weight" in names
+    assert not any(name.startswith("expert") and "attention" in name for name in names)
+    other, _, _ = LAYOUTS["bert"]()
+    with pytest.raises(ValueError, match="belongs to another base model"):
+        fm.load(tmp_path / "merged", other)
+    size = sum(p.stat().st_size for p in (tmp_path / "merged").iterdir())
+    assert model.nbytes() < size < model.nbytes() + 10_000  # names, shapes and tasks
+
+
+def test_doors():
+    """`fold` takes the method's options, and there is no task to select."""
+    _, _, model, inputs = wemoe("clip")
+    folded, expected = fm.fold(model, 1, batches=[inputs]), model.fold("expert1", [inputs])
+    assert all(torch.equal(value, expected[name]) for name, value in folded.items())
+    with pytest.raises(TypeError, match="wemoe follows from its inputs"), fm.task(model, 0):
+        pass

@@ -5,7 +5,6 @@ Everything else is merged once, by task arithmetic.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..attachment import attach_deltas, check_unattached
-from ..checking import Patterns, check_models, running_statistics, select_names
+from ..attachment import attach_deltas
+from ..checking import Patterns, running_statistics
 from ..deltas import Deltas, Experts
 from ..learning_step import call_model
 from ..merged_weight import MergedWeight
 from ..merging import merge
 from ..row_coefficients import RowCoefficients
-from ..sources import read_experts, read_tensors
+from .copies import with_values
 from .dynamic import DynamicModel
+from .masked_model import read_inputs
 from .mlp_blocks import Blocks, MlpBlock, find_mlp_blocks
 from .router import Router, Routers
 
@@ -122,8 +122,7 @@ class WEMoE(DynamicModel):
         routing: str = "sample",
     ):
         super().__init__()
-        if routing not in ROUTINGS:
-            raise ValueError(f"routing must be 'sample' or 'batch', got {routing!r}")
+        _check_routing(routing)
         self.model, self.routers, self.routing = model, routers, routing
         self.tasks = list(routers.experts)
         self.mixes_rows = routing == "batch" and routers.depth > 0
@@ -137,17 +136,23 @@ class WEMoE(DynamicModel):
             before.register_forward_pre_hook(route.before, with_kwargs=True)
             self.routes.append(route)
         attach_deltas(model, deltas, coefficients)
+        # hooks, so that model.generate and its like, which call the inner model, are routed too
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         leaves = pytree.tree_leaves((args, kwargs))
         samples = tuple({t.shape[0]: 0 for t in leaves if isinstance(t, Tensor) and t.dim()})
         for route in self.routes:
             route.samples = samples
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            for route in self.routes:
-                route.coefficients.set(None)
+            route.coefficients.set(None)
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for route in self.routes:
+            route.coefficients.set(None)
 
     @classmethod
     def build(
@@ -181,38 +186,16 @@ class WEMoE(DynamicModel):
             ValueError: no MLP is found, its samples are not in the first dimension of its inputs,
                 experts do not match the base, or an option is out of range.
         """
-        check_unattached(model)
+        _check_routing(routing)
+        inputs = read_inputs(model, experts, exclude, allow_nonfinite)
         found = find_mlp_blocks(model, blocks)
         _check_batch_first(model, found)
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        tied = _first_names(model)
-        floating = [name for name, p in parameters.items() if p.is_floating_point()]
-        names = select_names(floating, None, exclude)
-        found = [
-            replace(block, parameters=tuple(n for n in block.parameters if n in set(names)))
-            for block in found
-        ]
-        mine = [name for block in found for name in block.parameters]
-        statistics = running_statistics(model)
-        base = {name: parameters[name].detach() for name in names}
-        checked = base | {name: buffers[name] for name in statistics}
-        tasks, tensors = check_models(
-            checked,
-            read_experts(experts, read_tensors(model, "base")),
-            known=[*tied, *buffers],
-            tied=tied,
-            allow_nonfinite=allow_nonfinite,
-        )
-        others = {name: tensor for name, tensor in checked.items() if name not in set(mine)}
-        theirs = {task: {name: tensors[name][k] for name in others} for k, task in enumerate(tasks)}
-        static = {}
-        if others:  # checked above
-            how = {"method": "task_arithmetic", "scaling": scaling, "allow_nonfinite": True}
-            static = merge(others, theirs, **how)
-        first = base[mine[0]]
+        found = _merged_parts(found, set(inputs.base))
+        mine = dict.fromkeys(name for block in found for name in block.parameters)
+        first = inputs.base[next(iter(mine))]
         routers = Routers(
             [block.before for block in found],
-            tasks,
+            inputs.tasks,
             [block.width for block in found],
             depth=depth,
             init=scaling,
@@ -220,8 +203,17 @@ class WEMoE(DynamicModel):
             dtype=torch.promote_types(first.dtype, torch.float32),
             device=first.device,
         )
-        deltas = {name: Experts([t.contiguous() for t in tensors[name]]) for name in mine}
-        return cls(_with(model, static), found, deltas, routers, routing)
+        others = {name: tensor for name, tensor in inputs.base.items() if name not in mine}
+        theirs = {
+            task: {name: inputs.experts[name][k] for name in others}
+            for k, task in enumerate(inputs.tasks)
+        }
+        static = dict(inputs.statistics)
+        if others:  # checked above
+            how = {"method": "task_arithmetic", "scaling": scaling, "allow_nonfinite": True}
+            static |= merge(others, theirs, **how)
+        deltas = {name: Experts([t.contiguous() for t in inputs.experts[name]]) for name in mine}
+        return cls(with_values(model, static), found, deltas, routers, routing)
 
     def coefficients_of(self, batches: Iterable[Any]) -> Tensor:
         """What the routers say about batches of inputs.
@@ -285,6 +277,10 @@ class WEMoE(DynamicModel):
             for route in self.routes:
                 route.coefficients.set(None)
 
+    def nbytes(self) -> int:
+        """Bytes beside the base model: the merged part, the experts' MLPs and the routers."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     def tensors(self) -> dict[str, Tensor]:
         """What is saved: the merged part, the experts' MLPs and the routers."""
         saved = {f"router.{name}": p.detach() for name, p in self.routers.named_parameters()}
@@ -340,33 +336,30 @@ class WEMoE(DynamicModel):
             for block in found
             for name in block.parameters
         }
-        return cls(_with(model, parts.get("merged", {})), found, deltas, routers, config["routing"])
+        return cls(
+            with_values(model, parts.get("merged", {})), found, deltas, routers, config["routing"]
+        )
 
 
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """{parameter name: first name of the same parameter}."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(p), name) for name, p in named}
+def _check_routing(routing: str) -> None:
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing must be 'sample' or 'batch', got {routing!r}")
 
 
-def _with(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of a model with other values of some parameters and buffers, sharing the others."""
-    clone = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    parameters, buffers = dict(model.named_parameters()), dict(clone.named_buffers())
-    changed = {
-        name: nn.Parameter(value, parameters[name].requires_grad)
-        for name, value in values.items()
-        if name in parameters
-    }
-    for name, first in _first_names(model).items():
-        if first in changed:
-            module, _, attribute = name.rpartition(".")
-            clone.get_submodule(module)._parameters[attribute] = changed[first]
-    with torch.no_grad():
-        for name in values.keys() & buffers.keys():
-            buffers[name].copy_(values[name])
-    return clone
+def _merged_parts(blocks: list[MlpBlock], merged: set[str]) -> list[MlpBlock]:
+    """The MLPs with the parameters that are merged, and without those that have none.
+
+    Raises:
+        ValueError: none is left.
+    """
+    left = [
+        replace(block, parameters=tuple(n for n in block.parameters if n in merged))
+        for block in blocks
+    ]
+    left = [block for block in left if block.parameters]
+    if not left:
+        raise ValueError("exclude leaves no parameter of any MLP")
+    return left
 
 
 def _check_batch_first(model: nn.Module, blocks: list[MlpBlock]) -> None:
