@@ -192,6 +192,7 @@ PARAMETERS = {
     "breadcrumbs_ties": [{**more, "gamma": [0.1, 0.2, 0.3, 0.95]} for more in RESCALED],
     "della": [{**more, "epsilon": 0.05} for more in RESCALED],
     "della_linear": [{**more, "epsilon": 0.05} for more in RESCALED],
+    "consensus": [{}, {"k": 0}, {"k": 3, "threshold": [0.2, 0.4, 0.5, 0.6], "scaling": 1.0}],
     "sce": [{}, {"select_topk": 0.3}, {"select_topk": 0.5, "floor": 0}],
     "ram": [{"epsilon": 0.3}],
     "ramplus_tl": [{"epsilon": 0.3}],
