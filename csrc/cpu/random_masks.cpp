@@ -14,8 +14,8 @@
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 namespace {
 
-// Ranks looked up by reading the row before sorting it is cheaper.
-constexpr int kScans = 16;
+// Ranks looked up by reading the row, a vector at a time, before sorting it is cheaper.
+constexpr int kScans = 64;
 // Entries of a row for each bin of its histogram.
 constexpr int64_t kBinLoad = 4;
 
@@ -204,14 +204,16 @@ F32 read_row(const RandomMasksParams& p, int64_t k, int64_t begin, Row& row) {
   return largest;
 }
 
-// Whether entry i of the row, whose draw's high bits decide nothing, is kept.
+// Whether entry i of the row is kept, where the bounds of its bin leave that open.
 bool keep_entry(const RandomMasksParams& p, int64_t k, uint64_t index, int64_t i, uint64_t high,
                 Row& row) {
-  Halves low[2];
+  uint64_t threshold = row.threshold(row.rank_of(i));
+  if (high != threshold >> 16) return high < threshold >> 16;
+  Halves low[2];  // drawn for the few entries that they decide
   random_halves<1>(p.key, uint32_t(k), true, index / kGroupEntries, low);
   uint16_t halves[kGroupEntries];
   memcpy(halves, low, sizeof(halves));
-  return (high << 16 | halves[index % kGroupEntries]) < row.threshold(row.rank_of(i));
+  return (high << 16 | halves[index % kGroupEntries]) < threshold;
 }
 
 template <int kDtype, int kExperts>

@@ -252,21 +252,25 @@ class Work:
         phase = group.phases[-1 if number is None else number]
         # Every input is looked at once, when it is read first.
         check = phase is group.phases[0] and not self._options.allow_nonfinite
+        fresh = True  # not read in this visit; afterwards the system has it at hand
         for step in phase.steps if cut.count else ():
-            value = self._measure(output, cut, step, group.stats, check)
-            check = False
             before = group.stats.of(output.name)
+            if not step.needed(before):
+                self._progress.read(cut.read_bytes)
+                continue
+            value = self._measure(output, cut, step, group.stats, check, fresh)
+            check = fresh = False
             own = group.stats.tensors.setdefault(output.name, {})
             own[step.name] = step.close(value, before)
         if totals is not None:
             if cut.count:
-                value = self._measure(output, cut, phase.last, group.stats, check)
+                value = self._measure(output, cut, phase.last, group.stats, check, fresh)
                 totals[id(group)].add(index, value)
                 self._reader.release(output, cut, 0, cut.count)
             return
         left = [block for block in range(start, stop) if (index, block) not in self._store.done]
         for block in left:
-            self._merge(index, block, group.stats, check, block + 1 < stop)
+            self._merge(index, block, group.stats, check, fresh and block + 1 < stop)
             self._reader.release(output, cut, block, block + 1)
         with self._counting:
             self._left[index] -= len(left)
@@ -274,13 +278,14 @@ class Work:
                 self._progress.wrote()
 
     def _measure(
-        self, output: Output, cut: Cut, step: Pass, stats: Statistics, check: bool
+        self, output: Output, cut: Cut, step: Pass, stats: Statistics, check: bool, fresh: bool
     ) -> Tensor:
         """A pass's measurement of a whole tensor, its blocks added in order."""
         total, known = None, stats.of(output.name)
         for number in range(cut.count):
             tells = step.nonfinite is not None
-            block = self._next(output, cut, number, check and not tells, number + 1 < cut.count)
+            more = fresh and number + 1 < cut.count
+            block = self._next(output, cut, number, check and not tells, more)
             value = step.measure(block, known).cpu()  # totals know nothing of streams
             if check and tells and step.nonfinite(value):
                 self._reader.read(output, cut, number, True)  # raises if an input is to blame
@@ -291,7 +296,7 @@ class Work:
         return total
 
     def _next(self, output: Output, cut: Cut, number: int, check: bool, more: bool) -> Block:
-        """Read a block, and let the system read the one behind it if there is one."""
+        """Read a block, and with `more` let the system read the one behind it."""
         if self._stop.is_set():
             raise Stopped
         if more:

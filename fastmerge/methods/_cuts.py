@@ -66,16 +66,18 @@ class Found:
         counts: entries above the cuts of each delta.
         cuts: those with entries above and below.
         dtype: dtype of the arithmetic.
+        settled: whether nothing is left to be found.
     """
 
     total: int
     counts: list[list[int]]
     cuts: tuple[Cut, ...]
     dtype: torch.dtype
+    settled: bool = False
 
     def open(self) -> list[Cut]:
         """Cuts that leave some of the entries equal to c below them."""
-        return [cut for cut in self.cuts if cut.ties < cut.equal]
+        return [] if self.settled else [cut for cut in self.cuts if cut.ties < cut.equal]
 
     def changed(self, new: Sequence[Cut]) -> Found:
         """The same with some cuts known better."""
@@ -98,8 +100,14 @@ class Found:
 
     @property
     def width(self) -> int:
-        """Indices that the first histogram of indices counts together."""
-        return max(1, -(-self.total // BINS))
+        """Indices that the first histogram of indices counts together: about as many as it has
+        bins, so that both histograms are short."""
+        return max(1, math.isqrt(self.total))
+
+    @property
+    def bins(self) -> int:
+        """Bins of the first histogram of indices."""
+        return -(-self.total // self.width)
 
 
 def cut_values(stats: Stats) -> list[list[float]]:
@@ -144,38 +152,41 @@ class Cuts:
 
     def passes(self) -> list[Pass]:
         """The measure passes; stats["cuts"] is what `cut_values` and `cut_masks` need."""
-        levels = len(LEVEL_BITS[self.dtype])
+        return [*self.value_passes(), *(self._tie_passes() if self.ties else ())]
+
+    def value_passes(self) -> list[Pass]:
+        """Those that find the magnitudes c."""
         # A delta has a NaN or Inf wherever the base or its expert has.
-        tells = [level == 0 and self.source is task_points for level in range(levels)]
-        steps = [
+        tells = partial(counts_nonfinite, dtype=self.dtype) if self.source is task_points else None
+        return [
             Pass(
-                "cuts" if level + 1 == levels and not self.ties else f"cuts{level}",
+                "cuts",
                 "tensor",
                 partial(self._histograms, level=level),
                 finish=partial(self._descend, level=level),
-                nonfinite=partial(counts_nonfinite, dtype=self.dtype) if tells[level] else None,
+                nonfinite=None
+                if level or not tells
+                else partial(counts_nonfinite, dtype=self.dtype),
             )
-            for level in range(levels)
+            for level in range(len(LEVEL_BITS[self.dtype]))
         ]
-        if self.ties:
-            last = f"cuts{levels - 1}"
-            steps += [
-                Pass(
-                    "cuts_bins",
-                    "tensor",
-                    partial(self._index_bins, before=last),
-                    finish=partial(self._find_bin, before=last),
-                ),
-                Pass("cuts", "tensor", self._indices_in_bin, finish=self._find_index),
-            ]
-        return steps
+
+    def _tie_passes(self) -> list[Pass]:
+        """Those that find the last entry equal to c that is above the cut."""
+        return [
+            Pass("cuts", "tensor", measure, finish=finish, needed=lambda s: bool(s["cuts"].open()))
+            for measure, finish in (
+                (self._index_bins, self._find_bin),
+                (self._indices_in_bin, self._find_index),
+            )
+        ]
 
     def _histograms(self, block: Block, stats: Stats, level: int) -> Tensor:
         tensors, base = self.source(block)
         if level == 0:
             wanted = [(tensor, 0) for tensor in tensors]
         else:
-            wanted = [(tensors[cut.delta], cut.bits) for cut in stats[f"cuts{level - 1}"].cuts]
+            wanted = [(tensors[cut.delta], cut.bits) for cut in stats["cuts"].cuts]
         rows = [
             torch.ops.fastmerge.magnitude_histogram(
                 tensor, base, level, bits, self.dtype == torch.float64
@@ -196,7 +207,7 @@ class Cuts:
             found = Found(total, counts, cuts, self.dtype)
             rows = [histograms[cut.delta] for cut in cuts]
         else:
-            found, rows = stats[f"cuts{level - 1}"], list(histograms)
+            found, rows = stats["cuts"], list(histograms)
         new = []
         for cut, row in zip(found.cuts, rows, strict=True):
             bits, position = refine(row, level, cut.bits, cut.position, self.dtype)
@@ -223,14 +234,14 @@ class Cuts:
         )
         return counts.cpu()
 
-    def _index_bins(self, block: Block, stats: Stats, before: str) -> Tensor:
-        found: Found = stats[before]
+    def _index_bins(self, block: Block, stats: Stats) -> Tensor:
+        found: Found = stats["cuts"]
         cuts = found.open()
-        return self._tie_counts(block, cuts, [0] * len(cuts), found.width, BINS)
+        return self._tie_counts(block, cuts, [0] * len(cuts), found.width, found.bins)
 
-    def _find_bin(self, histograms: Tensor, stats: Stats, before: str) -> Found:
+    def _find_bin(self, histograms: Tensor, stats: Stats) -> Found:
         """Each open cut gets its bin as `index`, and `position` counts from the bin's start."""
-        found: Found = stats[before]
+        found: Found = stats["cuts"]
         new = []
         for cut, row in zip(found.open(), histograms, strict=True):
             bin_, left = find_rank(row, cut.ties)
@@ -238,7 +249,7 @@ class Cuts:
         return found.changed(new)
 
     def _indices_in_bin(self, block: Block, stats: Stats) -> Tensor:
-        found: Found = stats["cuts_bins"]
+        found: Found = stats["cuts"]
         cuts, start, stop = found.open(), block.offset, block.offset + block.experts[0].numel()
         rows = torch.zeros(len(cuts), found.width, dtype=torch.int64)
         here = [
@@ -252,7 +263,7 @@ class Cuts:
         return rows
 
     def _find_index(self, histograms: Tensor, stats: Stats) -> Found:
-        found: Found = stats["cuts_bins"]
+        found: Found = stats["cuts"]
         new = []
         for cut, row in zip(found.open(), histograms, strict=True):
             within = find_rank(row, cut.ties)[0] if found.width > 1 else 0

@@ -56,29 +56,37 @@ class Pass:
         scope: "tensor" gives every tensor a statistic of its own, "model" one for all of them.
         measure: (block, stats of the passes before) -> tensor of a fixed shape; a sum may be
             sparse where a block has little to add to it.
-        reducer: how measurements of blocks, tensors and ranks add up.
+        reducer: how measurements of blocks, tensors and ranks add up; "list" keeps those of a
+            tensor's blocks in their order, for the scope "tensor" only.
         finish: (reduced tensor, dense, stats of the passes before) -> statistic.
         nonfinite: measurement of a block -> False if the block's inputs are surely free of NaN and
             Inf; None if the measurement does not tell, so that they must be looked at themselves.
+        needed: stats of the passes before -> False if a tensor can do without this pass, whose
+            statistic then stays what a pass of the same name made it before.
     """
 
     name: str
     scope: Literal["tensor", "model"]
     measure: Callable[[Block, Stats], Tensor]
-    reducer: Literal["sum", "max"] = "sum"
-    finish: Callable[[Tensor, Stats], Any] = lambda reduced, stats: reduced
+    reducer: Literal["sum", "max", "list"] = "sum"
+    finish: Callable[[Any, Stats], Any] = lambda reduced, stats: reduced
     nonfinite: Callable[[Tensor], bool] | None = None
+    needed: Callable[[Stats], bool] = lambda stats: True
 
-    def reduce(self, total: Tensor | None, value: Tensor) -> Tensor:
+    def reduce(self, total: Any, value: Tensor) -> Any:
         """The total with one more block's measurement."""
+        if self.reducer == "list":
+            return [*(total or ()), value]
         if total is None:
             return value
         if total.is_sparse and not value.is_sparse:
             total, value = value, total  # a sparse tensor can be added to a dense one only
         return total + value if self.reducer == "sum" else torch.maximum(total, value)
 
-    def close(self, total: Tensor, stats: Stats) -> Any:
+    def close(self, total: Any, stats: Stats) -> Any:
         """The statistic of all blocks' total."""
+        if self.reducer == "list":
+            return self.finish(total, stats)
         return self.finish(total.to_dense() if total.is_sparse else total, stats)
 
 
@@ -174,12 +182,14 @@ def run_passes(passes: Sequence[Pass], blocks: Callable[[], Iterable[Block]]) ->
                 _finish(step, stats, current, total)
                 total = None
             current = block.name
-            total = step.reduce(total, step.measure(block, stats.of(block.name)))
+            known = stats.of(block.name)
+            if step.needed(known):
+                total = step.reduce(total, step.measure(block, known))
         _finish(step, stats, current if step.scope == "tensor" else None, total)
     return stats
 
 
-def _finish(step: Pass, stats: Statistics, name: str | None, total: Tensor | None) -> None:
+def _finish(step: Pass, stats: Statistics, name: str | None, total: Any) -> None:
     if total is None:
         return
     if name is None:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._cuts import Cuts, cut_masks
+from ._cuts import cut_masks
 from ._gram import task_points
 from ._method import Block, Parameter, Pass, Stats
 from ._parameters import PerExpert
+from ._sampled_cuts import SampledCuts
 from ._sparse import (
     SCALING,
     WEIGHT,
@@ -59,7 +60,7 @@ class Breadcrumbs(SparseMerge):
         self.gamma = PerExpert("gamma", gamma, 0, 1)
 
     def selection(self, dtype: torch.dtype) -> list[Pass]:
-        return Cuts(task_points, self._counts, dtype).passes()
+        return SampledCuts(task_points, self._counts, dtype).passes()
 
     def masks(self, block: Block, stats: Stats) -> Tensor:
         return cut_masks(task_points, block, stats)

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..deltas import Experts
 from ..ops import exact_sums, exact_value, masked_merge, masked_sums, task_variance
 from ..ops._library import accumulate_dtype
-from ._cuts import Cuts, cut_masks
+from ._cuts import cut_masks
 from ._gram import row_width
 from ._method import Block, Method, Parameter, Pass, Stats
 from ._parameters import check_number
+from ._sampled_cuts import SampledCuts
 
 
 class Sce(Method):
@@ -47,7 +48,7 @@ class Sce(Method):
     def passes(self, dtype: torch.dtype) -> list[Pass]:
         steps = []
         if self.select_topk < 1:
-            steps = Cuts(_variance, self._counts, dtype).passes()
+            steps = SampledCuts(_variance, self._counts, dtype, nonzero=True).passes()
         return [*steps, Pass("weights", "tensor", self._energies, finish=self._weights)]
 
     def combine(self, block: Block, stats: Stats) -> Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._cuts import Cuts, cut_masks
+from ._cuts import cut_masks
 from ._gram import task_points
 from ._method import Block, Pass, Stats
+from ._sampled_cuts import SampledCuts
 from ._sparse import (
     SCALING,
     WEIGHT,
@@ -59,7 +60,7 @@ class WeightedTies(SparseMerge):
         super().__init__(weight, density, normalize, rescale, scaling)
 
     def selection(self, dtype: torch.dtype) -> list[Pass]:
-        return Cuts(task_points, self._counts, dtype).passes()
+        return SampledCuts(task_points, self._counts, dtype).passes()
 
     def masks(self, block: Block, stats: Stats) -> Tensor:
         return cut_masks(task_points, block, stats)
