@@ -142,6 +142,16 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def empty_gradients(
+    x: Tensor, coefficients: Tensor, need_x: bool, need_coefficients: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What a linear layer's backward op returns, unfilled; empty tensors for what is not needed."""
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(coefficients.shape if need_coefficients else 0, dtype=dtype),
+    )
+
+
 def own_operation(deltas: object, name: str) -> Callable | None:
     """A delta format's own way to compute an op, None if the op reads its tensors."""
     return getattr(deltas, name, None)

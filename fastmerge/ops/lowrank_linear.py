@@ -21,6 +21,7 @@ from ._library import (
     as_rows,
     check,
     check_float,
+    empty_gradients,
     refuse_forward_mode,
     refuse_gradient,
     register,
@@ -368,10 +369,7 @@ def _backward_fake(
 ):
     _backward_check(grad, x, base, down, up, ranks, coefficients, transpose)
     accumulate = accumulate_dtype(x, base, down, up, coefficients)
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(coefficients.shape if need_coefficients else 0, dtype=accumulate),
-    )
+    return empty_gradients(x, coefficients, need_x, need_coefficients, accumulate)
 
 
 register(

@@ -23,6 +23,7 @@ from ._library import (
     check,
     check_deltas,
     check_float,
+    empty_gradients,
     own_operation,
     refuse_forward_mode,
     refuse_gradient,
@@ -330,10 +331,7 @@ def _backward_fake(
 ):
     _backward_check(grad, x, base, deltas, coefficients, transpose)
     accumulate = accumulate_dtype(x, base, deltas[0], coefficients)
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(coefficients.shape if need_coefficients else 0, dtype=accumulate),
-    )
+    return empty_gradients(x, coefficients, need_x, need_coefficients, accumulate)
 
 
 register(
