@@ -112,6 +112,9 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Repeat over so many seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    rows: Annotated[
+        str, typer.Option(help="Only the rows of these methods, such as emr,wemoe.")
+    ] = "",
 ) -> None:
     """Merge six fine-tuned sentence encoders and learn how much of each to take."""
     # Threads that spin while they wait make everything slower by far on a machine that is not idle.
@@ -127,6 +130,7 @@ def demo(
         seeds=seeds,
         seed=seed,
         threads=threads,
+        methods=[name.strip() for name in rows.split(",") if name.strip()],
     )
 
 

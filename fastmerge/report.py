@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +31,27 @@ LABELS = {
     "twin": "Twin-Merging",
     "wemoe": "WEMoE",
 }
+# What a row shows; methods that are not named here are merges without learning, "static".
+KINDS = {
+    "pretrained": "reference",
+    "individual": "reference",
+    "adamerging_task": "learned",
+    "adamerging_layer": "learned",
+    "adamerging_pp": "learned",
+    "adamerging_layer_kl": "learned",
+    "adamerging_layer_kl_bf16": "learned",
+    "emr": "dynamic",
+    "tall": "dynamic",
+    "twin": "dynamic",
+    "wemoe": "dynamic",
+}
 _TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-_STATIC = ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f")
-_LEARNED = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
-_DYNAMIC = ("#a1d99b", "#74c476", "#31a354", "#006d2c")
+_PALETTES = {
+    "reference": ("#f2d9a6", "#c9a227"),
+    "static": ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f"),
+    "learned": ("#9ecae1", "#6baed6", "#3182bd", "#08519c"),
+    "dynamic": ("#a1d99b", "#74c476", "#31a354", "#006d2c"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,11 @@ class Curve:
     title: str
     entropy: Mapping[str, Sequence[float]]
     accuracy: Sequence[tuple[int, Mapping[str, float]]]
+
+
+def kind(method: str) -> str:
+    """What a row's method is: "reference", "static", "learned" or "dynamic"."""
+    return KINDS.get(method, "static")
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -402,16 +425,5 @@ def _colors(tasks: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _bar_colors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    colors = {"pretrained": "#f2d9a6", "individual": "#c9a227"}
-    counts = {"static": 0, "learned": 0, "dynamic": 0}
-    out = []
-    for row in rows:
-        if row["method"] in colors:
-            out.append(colors[row["method"]])
-            continue
-        dynamic = row["method"] in ("emr", "tall", "twin", "wemoe")
-        kind = "dynamic" if dynamic else "learned" if "adamerging" in row["method"] else "static"
-        palette = {"static": _STATIC, "learned": _LEARNED, "dynamic": _DYNAMIC}[kind]
-        out.append(palette[counts[kind] % len(palette)])
-        counts[kind] += 1
-    return out
+    colors = {kind: itertools.cycle(palette) for kind, palette in _PALETTES.items()}
+    return [next(colors[kind(row["method"])]) for row in rows]

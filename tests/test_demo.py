@@ -15,6 +15,7 @@ from fastmerge import report
 from fastmerge.demo import evaluate, experts, measure, rows, run
 from fastmerge.demo.data import DemoDataError
 from fastmerge.demo.model import head, merged_names, merged_state
+from fastmerge.demo.plan import plan
 from fastmerge.demo.serving import stored_bytes
 from fastmerge.demo.settings import Settings
 from fastmerge.demo.tasks import Split, Task
@@ -236,13 +237,14 @@ def test_learned_rows_use_the_coefficients_they_report(bench):
 
 def test_all_rows_of_the_full_run(bench, tmp_path):
     log = Console(file=io.StringIO())
-    finished = run.run_rows(bench, full=True, log=log)
+    finished = run.run_rows(bench, plan(SETTINGS, full=True), log)
     named = [(row.record["method"], row.record["protocol"]) for row in finished]
-    learned = list(run.LEARNED)
+    learned = [name for name, kind in report.KINDS.items() if kind == "learned"]
+    dynamic = [name for name, kind in report.KINDS.items() if kind == "dynamic"]
     static = ["average", "task_arithmetic", "task_arithmetic_tuned", "ties", "ties_tuned"]
     assert named == [
         *((name, "strict") for name in ["pretrained", "individual", *static, *learned]),
-        *((name, "strict") for name in run.DYNAMIC),
+        *((name, "strict") for name in dynamic),
         *((name, "paper") for name in learned),
     ]
     for row in finished:
@@ -253,7 +255,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     stored = {row.record["method"]: row.record["stored_mib"] * 2**20 for row in finished}
     one, merged = stored_bytes(dict(bench.encoder.named_parameters())), stored_bytes(bench.base)
     assert stored.pop("individual") == one + 2 * merged
-    kept = {name: stored.pop(name) - one for name in run.DYNAMIC}
+    kept = {name: stored.pop(name) - one for name in dynamic}
     assert set(stored.values()) == {one}
     masks = sum(-(-t.numel() // 8) for t in bench.base.values())
     assert kept["emr"] == kept["tall"] == merged + 3 * masks  # whole bytes: sizes fit the masks
@@ -290,23 +292,55 @@ def test_the_mixed_batch_has_rows_of_all_tasks_in_turn(bench):
 
 
 def test_default_run_leaves_out_what_full_adds(bench):
-    records = [row.record for row in run.run_rows(bench, False, Console(file=io.StringIO()))]
+    records = [
+        row.record
+        for row in run.run_rows(bench, plan(SETTINGS, full=False), Console(file=io.StringIO()))
+    ]
     assert len(records) == 9
     assert {record["protocol"] for record in records} == {"strict"}
 
 
-def test_runs_of_single_seeds_join(bench):
-    records = [row.record for row in run.run_rows(bench, False, Console(file=io.StringIO()))]
-    other = [record | {"seed": 1, "average": record["average"] + 2} for record in records]
-    same = {"settings": {}, "commit": "abc", "machine": "m", "versions": {}}
-    runs = [{"seeds": [rows], "seconds": 2.0, **same} for rows in (records, other)]
+def _run(records, seed, **other):
+    same = {"settings": {"steps": 1}, "commit": "abc", "machine": "m", "versions": {}}
+    return {"seeds": [[row | {"seed": seed} for row in records]], "seconds": 2.0, **same, **other}
+
+
+def test_runs_join_over_seeds_and_rows(bench):
+    rows = plan(SETTINGS, False, ["average", "task_arithmetic", "ties"])
+    records = [row.record for row in run.run_rows(bench, rows, Console(file=io.StringIO()))]
+    assert [record["method"] for record in records] == ["average", "task_arithmetic", "ties"]
+    first, last = records[:1] + records[2:], records[1:]
+    later = [record | {"average": 1.0, "commit": "def"} for record in last]
+    runs = [
+        *(_run(first, seed) for seed in (0, 1)),
+        *(_run(later, seed, settings={"steps": 1, "new": 2}, commit="def") for seed in (1, 0)),
+    ]
     found = joined(runs)
-    assert found["rows"] == records and found["seeds"] == [records, other]
-    assert found["seconds"] == 4.0 and found["spread"] == report.spread(records + other)
-    with pytest.raises(ValueError, match="the runs differ in commit: \\['abc', 'def'\\]"):
-        joined([runs[0], runs[1] | {"commit": "def"}])
-    with pytest.raises(ValueError, match=r"a seed is there twice: \[0, 0\]"):
-        joined([runs[0], runs[0]])
+    assert [row["method"] for row in found["rows"]] == ["average", "task_arithmetic", "ties"]
+    assert [[row["seed"] for row in rows] for rows in found["seeds"]] == [[0] * 3, [1] * 3]
+    assert [row["average"] for row in found["seeds"][1]][1:] == [1.0, 1.0]
+    assert [row["commit"] for row in found["rows"]] == [records[0]["commit"], "def", "def"]
+    assert found["settings"] == {"steps": 1, "new": 2} and found["seconds"] == 8.0
+    assert found["spread"] == report.spread([row for rows in found["seeds"] for row in rows])
+    again = joined([found, runs[0]])  # into what has been joined before
+    assert [row["average"] for row in again["rows"]][2] == records[2]["average"]
+
+
+def test_runs_that_do_not_belong_together_are_not_joined(bench):
+    rows = plan(SETTINGS, False, ["average"])
+    records = [row.record for row in run.run_rows(bench, rows, Console(file=io.StringIO()))]
+    with pytest.raises(ValueError, match="the runs differ in machine: \\['m', 'n'\\]"):
+        joined([_run(records, 0), _run(records, 1, machine="n")])
+    with pytest.raises(ValueError, match="the runs differ in steps: 1 and 2"):
+        joined([_run(records, 0), _run(records, 1, settings={"steps": 2})])
+    other = [record | {"method": "ties"} for record in records]
+    with pytest.raises(ValueError, match=r"seed 0 has no rows \[\('ties', 'strict'\)\]"):
+        joined([_run(records, 0), _run(records + other, 1)])
+
+
+def test_rows_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="no rows called ems; there are pretrained, individual"):
+        plan(SETTINGS, True, ["emr", "ems"])
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

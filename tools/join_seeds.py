@@ -1,4 +1,8 @@
-"""Joins the demo's JSON files of single seeds into one: python tools/join_seeds.py OUT SEED..."""
+"""Joins the demo's JSON files into one, whichever seeds and rows each has:
+python tools/join_seeds.py OUT FILE...
+
+A row that several files have is the last one's, so that rows made later can be added to OUT itself.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,48 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastmerge.demo.plan import plan
 from fastmerge.demo.run import write_json
+from fastmerge.demo.settings import Settings
 from fastmerge.report import spread
 
-SAME = ("settings", "commit", "machine", "versions")
+SAME = ("machine", "versions")
 
 
 def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `fastmerge demo --seeds N --json` writes, from N runs of one seed each.
+    """What `fastmerge demo --seeds N --json` writes, from runs of single seeds or rows.
 
     Raises:
-        ValueError: the runs differ in more than their seed.
+        ValueError: the runs differ in a setting, in the machine or in versions, or a row is not
+            there for every seed.
     """
     for key in SAME:
         if any(run[key] != runs[0][key] for run in runs):
             raise ValueError(f"the runs differ in {key}: {[run[key] for run in runs]}")
-    seeds = [rows for run in runs for rows in run["seeds"]]
-    numbers = [rows[0]["seed"] for rows in seeds]
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"a seed is there twice: {numbers}")
+    settings: dict[str, Any] = {}
+    for run in runs:
+        for key, value in run["settings"].items():
+            if settings.setdefault(key, value) != value:
+                raise ValueError(f"the runs differ in {key}: {settings[key]} and {value}")
+    order = [(row.method, row.protocol) for row in plan(Settings(), full=True)]
+    found: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
+    for run in runs:
+        for row in (row for rows in run["seeds"] for row in rows):
+            named = found.setdefault(row["seed"], {})
+            named[row["method"], row["protocol"]] = {"commit": run["commit"], **row}
+    have = {row for rows in found.values() for row in rows}
+    for seed, rows in found.items():
+        if have - rows.keys():
+            raise ValueError(f"seed {seed} has no rows {sorted(have - rows.keys())}")
+    seeds = [
+        [rows[row] for row in sorted(rows, key=order.index)] for _, rows in sorted(found.items())
+    ]
     return {
         "rows": seeds[0],
         "seeds": seeds,
         "spread": spread([row for rows in seeds for row in rows]),
+        "settings": settings,
+        "commit": runs[-1]["commit"],
         **{key: runs[0][key] for key in SAME},
         "seconds": sum(run["seconds"] for run in runs),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,71 @@ from .rows import Bench, Row, individual, learned, pretrained, static, tuned
 from .settings import Settings
 
 
-def plan(settings: Settings, full: bool) -> list[Callable[[Bench], Row]]:
-    """The table's rows in order, each as a function of the shared parts."""
-    pp = {"method": "ties", "density": settings.ties_density}
+@dataclass(frozen=True)
+class Planned:
+    """A row to be made.
+
+    Attributes:
+        method: its name, as `--rows` takes it and as the record has it.
+        make: makes it from the parts that all rows share.
+        protocol: the rows it adapts on, "strict" or "paper".
+        default: whether the demo has it without `--full`.
+    """
+
+    method: str
+    make: Callable[[Bench], Row]
+    protocol: str = "strict"
+    default: bool = False
+
+
+def plan(settings: Settings, full: bool, methods: Collection[str] = ()) -> list[Planned]:
+    """The table's rows in order.
+
+    Args:
+        settings: sizes and hyperparameters.
+        full: all rows, not only the default ones.
+        methods: only these, default or not; every one where empty.
+
+    Raises:
+        ValueError: there is no row of such a method.
+    """
+    rows = _strict_rows(settings) + _learned_rows(settings, "paper")
+    unknown = sorted(set(methods) - {row.method for row in rows})
+    if unknown:
+        raise ValueError(
+            f"no rows called {', '.join(unknown)}; there are "
+            f"{', '.join(dict.fromkeys(row.method for row in rows))}"
+        )
+    if methods:
+        return [row for row in rows if row.method in methods and (full or row.protocol == "strict")]
+    return [row for row in rows if full or row.default]
+
+
+def _strict_rows(settings: Settings) -> list[Planned]:
     ties = {"density": settings.ties_density, "scaling": settings.ties_scaling, "merge": "mean"}
-    rows: list[Callable[[Bench], Row]] = [
-        pretrained,
-        individual,
-        lambda bench: static(bench, "average"),
-        lambda bench: static(bench, "task_arithmetic", scaling=settings.scaling),
-        lambda bench: tuned(bench, "task_arithmetic"),
-        lambda bench: static(bench, "ties", **ties),
-        lambda bench: tuned(bench, "ties"),
+    scaling = settings.scaling
+    return [
+        Planned("pretrained", pretrained, default=True),
+        Planned("individual", individual, default=True),
+        _static("average", default=True),
+        _static("task_arithmetic", default=True, scaling=scaling),
+        Planned("task_arithmetic_tuned", lambda b: tuned(b, "task_arithmetic"), default=True),
+        _static("ties", default=True, **ties),
+        Planned("ties_tuned", lambda bench: tuned(bench, "ties"), default=True),
+        *_learned_rows(settings, "strict"),
+        Planned("emr", emr),
+        Planned("tall", tall),
+        Planned("twin", twin),
+        Planned("wemoe", wemoe),
     ]
+
+
+def _static(method: str, default: bool = False, **parameters: Any) -> Planned:
+    return Planned(method, lambda bench: static(bench, method, **parameters), default=default)
+
+
+def _learned_rows(settings: Settings, protocol: str) -> list[Planned]:
+    pp = {"method": "ties", "density": settings.ties_density}
     kinds: dict[str, dict[str, Any]] = {
         "adamerging_task": {"granularity": "task"},
         "adamerging_layer": {},
@@ -32,15 +85,12 @@ def plan(settings: Settings, full: bool) -> list[Callable[[Bench], Row]]:
         "adamerging_layer_kl": {"objective": "kl"},
         "adamerging_layer_kl_bf16": {"objective": "kl", "dtype": torch.bfloat16},
     }
-    default = ("adamerging_layer", "adamerging_layer_kl")
-    for protocol in ("strict", "paper") if full else ("strict",):
-        for method, options in kinds.items():
-            if full or method in default:
-                rows.append(
-                    lambda bench, m=method, o=options, p=protocol: learned(
-                        bench, m, protocol=p, **o
-                    )
-                )
-        if full and protocol == "strict":
-            rows += [emr, tall, twin, wemoe]
-    return rows
+
+    def row(method: str, options: dict[str, Any]) -> Planned:
+        default = protocol == "strict" and method in ("adamerging_layer", "adamerging_layer_kl")
+        return Planned(
+            method, lambda bench: learned(bench, method, protocol=protocol, **options), protocol,
+            default,
+        )  # fmt: skip
+
+    return [row(method, options) for method, options in kinds.items()]

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,10 @@ from ..info import commit, device_name
 from . import experts, rows, tasks
 from .data import Wheels
 from .model import head, load_encoder, load_tokenizer, merged_state
-from .plan import plan
+from .plan import Planned, plan
 from .settings import Settings
 
-LEARNED = (
-    "adamerging_task",
-    "adamerging_layer",
-    "adamerging_pp",
-    "adamerging_layer_kl",
-    "adamerging_layer_kl_bf16",
-)
-DYNAMIC = ("emr", "tall", "twin", "wemoe")
-_REFERENCE = ("pretrained", "individual")
+_BEST = {"learned": "learned", "static": "static", "dynamic": "that keeps its experts"}
 
 
 def main(
@@ -45,6 +37,7 @@ def main(
     seeds: int = 1,
     seed: int = 0,
     threads: int | None = None,
+    methods: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Run the demo: train or reuse experts, merge them in every way, print and plot the results.
 
@@ -58,17 +51,20 @@ def main(
         seeds: how many seeds to run; more than one adds a table of mean and spread.
         seed: the first seed; the main table and the plots are this seed's.
         threads: CPU threads, or torch's default.
+        methods: only the rows of these methods, whichever `full` says.
 
     Returns:
         The rows of the first seed, as in the JSON file's `rows`.
 
     Raises:
+        ValueError: there is no row of such a method, or no seed.
         DemoDataError: the data folder or a wheel is missing or not the pinned one.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     begun = time.perf_counter()
     settings = Settings.quick() if quick else Settings()
+    planned = plan(settings, full, methods)
     console, log = Console(), Console(stderr=True)
     if not console.is_terminal:
         console.width = 110  # a file has no width of its own
@@ -79,7 +75,7 @@ def main(
             runs = []
             for number in range(seed, seed + seeds):
                 bench = prepare(wheels, settings, number, log)
-                runs.append(run_rows(bench, full, log))
+                runs.append(run_rows(bench, planned, log))
     finally:
         torch.set_num_threads(before)
     records = [[row.record for row in run] for run in runs]
@@ -129,12 +125,14 @@ def prepare(wheels: Wheels, settings: Settings, seed: int, log: Console) -> rows
     return rows.Bench(encoder, merged_state(encoder), states, heads, loaded, settings, seed)
 
 
-def run_rows(bench: rows.Bench, full: bool, log: Console) -> list[rows.Row]:
+def run_rows(bench: rows.Bench, planned: Sequence[Planned], log: Console) -> list[rows.Row]:
     """Every row of one seed, reported on `log` as it is finished."""
     finished = []
-    for make in plan(bench.settings, full):
-        row = make(bench)
+    source = commit()
+    for one in planned:
+        row = one.make(bench)
         record = row.record
+        record["commit"] = source
         log.print(
             f"{report.label(record)}, {record['protocol']}: {record['average']:.1f} %, "
             f"{record['seconds']:.1f} s",
@@ -148,13 +146,10 @@ def run_rows(bench: rows.Bench, full: bool, log: Console) -> list[rows.Row]:
 
 def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[str]:
     """The lines below the table: how rows came about, and what they show."""
-    best_learned = _best(records, LEARNED)
-    best_static = _best(
-        records, {record["method"] for record in records} - {*LEARNED, *DYNAMIC, *_REFERENCE}
-    )
+    top = max(records, key=lambda record: record["average"])
     lines = [
         f"{settings.test_rows} scored rows a task: the standard error of a mean is "
-        f"{report.standard_error(best_learned, settings.test_rows):.1f} points.",
+        f"{report.standard_error(top, settings.test_rows):.1f} points.",
         f"strict: adapted on {settings.adapt_rows} other unlabelled rows a task; paper: on the "
         "scored rows, without labels.",
         f"tuned: λ with the lowest {settings.tune_objective.upper()} objective on "
@@ -163,14 +158,16 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
         "seconds: merging or learning, scoring left out; MiB: the process's peak memory meanwhile.",
         "stored: MiB of weights that serve all tasks; ms: a forward pass of "
         f"{settings.mixed_rows} rows of each task in one batch.",
-        f"Best learned {best_learned['average']:.1f} ({report.label(best_learned)}), best static "
-        f"{best_static['average']:.1f} ({report.label(best_static)}).",
     ]
-    if any(record["method"] in DYNAMIC for record in records):
-        best = _best(records, DYNAMIC)
+    best = _best(records)
+    lines += [
+        f"Best {name} {best[kind]['average']:.1f} ({report.label(best[kind])})."
+        for kind, name in _BEST.items()
+        if kind in best
+    ]
+    if "dynamic" in best:
         lines.append(
-            f"Best that keeps its experts {best['average']:.1f} ({report.label(best)}); EMR and "
-            "TALL are told each row's task, Twin-Merging and WEMoE route by the row itself."
+            "EMR and TALL are told each row's task, Twin-Merging and WEMoE route by the row itself."
         )
     collapsed = [record for record in records if "warnings" in record]
     lines += [
@@ -185,17 +182,14 @@ def plot(run: Sequence[rows.Row], settings: Settings, out: Path) -> list[Path]:
     where routers send each task's rows."""
     strict = [row for row in run if row.record["protocol"] == "strict"]
     curves = [row.curve for row in strict if row.curve is not None]
-    files = [
-        report.bar_chart(
-            [row.record for row in strict], out / "accuracies.png", "accuracy on held-out rows"
-        ),
-        report.learning_curves(
-            curves,
-            out / "curves.png",
+    records, bars = [row.record for row in strict], out / "accuracies.png"
+    files = [report.bar_chart(records, bars, "accuracy on held-out rows")]
+    if curves:
+        title = (
             f"learning on unlabelled rows; accuracy on {settings.curve_rows} scored rows a task, "
-            "for display only",
-        ),
-    ]
+            "for display only"
+        )
+        files.append(report.learning_curves(curves, out / "curves.png", title))
     for row in strict:
         if row.routing is not None:
             method = row.record["method"]
@@ -226,9 +220,14 @@ def write_json(path: Path, content: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _best(records: Sequence[Mapping[str, Any]], methods: Any) -> Mapping[str, Any]:
-    strict = [r for r in records if r["method"] in methods and r["protocol"] == "strict"]
-    return max(strict, key=lambda record: record["average"])
+def _best(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """{kind: its row with the highest average}, of those that adapt on other rows."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        kind = report.kind(record["method"])
+        if record["protocol"] == "strict":
+            best[kind] = max(best.get(kind, record), record, key=lambda row: row["average"])
+    return best
 
 
 def _versions() -> dict[str, str]:
