@@ -61,8 +61,8 @@ def info(
 
 @app.command()
 def methods() -> None:
-    """List the merging methods with their parameters and defaults."""
-    from .methods import describe_methods
+    """List all merging methods with their formulas, parameters and defaults."""
+    from .catalogue import describe_methods
 
     typer.echo(describe_methods())
 

@@ -8,6 +8,7 @@ import sys
 
 from fastmerge import __version__
 from fastmerge.methods import METHODS
+from fastmerge.modules.dynamic import METHODS as DYNAMIC
 from fastmerge.ops._library import REGISTERED
 
 
@@ -35,6 +36,9 @@ def test_methods_lists_every_method_with_its_parameters():
     for name, method in METHODS.items():
         assert f"{name}: {method.summary}" in text
         assert all(f"{p.name}={p.default!r}" in text for p in method.parameters)
+    for name in ("adamerging_layer", *DYNAMIC):
+        assert f"\n{name}: " in text
+    assert "  depth=2: " in text and "  granularity='layer': " in text
 
 
 def test_errors_are_one_line(tmp_path):

@@ -1,14 +1,19 @@
-"""Writes the README's tables from the results in benches/results: python tools/readme_tables.py"""
+"""Writes the generated tables of README.md and docs/methods: python tools/readme_tables.py
+
+From the results in benches/results and the list of methods in fastmerge/catalogue.py.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastmerge.catalogue import FAMILIES, catalogue
 from fastmerge.report import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +53,7 @@ def demo_table() -> str:
         numbers = " | ".join(f"{value:.1f}" for value in cells)
         mean = f"**{sum(averages) / len(averages):.1f}**"
         span = f"{min(averages):.1f} to {max(averages):.1f}"
-        name = NAMES.get(rows[0]["method"], LABELS[rows[0]["method"]])
+        name = _title(rows[0]["method"])
         name += " *" if rows[0]["protocol"] == "paper" else ""
         cost = " | ".join(_lowest(rows, key) for key in ("stored_mib", "batch_ms"))
         lines.append(f"| {name} | {numbers} | {mean} | {span} | {cost} |")
@@ -64,6 +69,10 @@ def demo_table() -> str:
         f"The plain command runs seed 0.{on_scored}",
     ]
     return "\n".join(lines)
+
+
+def _title(method: str) -> str:
+    return NAMES.get(method) or LABELS[method]
 
 
 def _lowest(rows: Sequence[dict[str, float]], key: str) -> str:
@@ -98,14 +107,89 @@ def bench_table() -> str:
     return "\n".join(lines)
 
 
+def methods_by_family() -> str:
+    """The README's table: how methods are called, and their names with links to their pages."""
+    lines = ["| | called through | methods |", "|---|---|---|"]
+    for family, (heading, how) in FAMILIES.items():
+        found = [_named(e.name, ROOT) for e in catalogue() if e.family == family]
+        lines.append(f"| {heading} | {how} | {', '.join(found)} |")
+    return "\n".join(lines)
+
+
+def method_tables() -> str:
+    """Every method with its formula, source and demo accuracy, a table for each family."""
+    parts = []
+    for family, (heading, how) in FAMILIES.items():
+        lines = [
+            f"**{heading}**: {how}",
+            "",
+            "| method | merged weights | source | demo |",
+            "|---|---|---|---|",
+        ]
+        for entry in catalogue():
+            if entry.family == family:
+                formula = entry.formula.replace("|", "\\|")
+                name = _named(entry.name, ROOT / "docs" / "methods")
+                lines.append(f"| {name} | {formula} | {entry.source} | {_in_demo(entry.name)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def demo_figures(names: str) -> str:
+    """A table of some methods' demo accuracies, beside the base model's and the experts'."""
+    lines = ["| demo, accuracy in % | mean | lowest to highest seed |", "|---|---|---|"]
+    for name in ("pretrained", *names.split(), "individual"):
+        found = _demo_averages(name)
+        if found:
+            mean, span = statistics.fmean(found), f"{min(found):.1f} to {max(found):.1f}"
+            lines.append(f"| {_title(name)} | {mean:.1f} | {span} |")
+        else:
+            lines.append(f"| {_title(name)} | not in the committed run | |")
+    return "\n".join(lines)
+
+
+def _demo_averages(name: str) -> list[float]:
+    """Mean accuracy over the tasks of each seed, with adaptation on other rows than the scored."""
+    found = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    rows = (row for seed in found["seeds"] for row in seed if row["protocol"] == "strict")
+    return [row["average"] for row in rows if row["method"] == name]
+
+
+def _in_demo(name: str) -> str:
+    plain, tuned = _demo_averages(name), _demo_averages(f"{name}_tuned")
+    cells = [f"{statistics.fmean(plain):.1f}"] if plain else []
+    cells += [f"{statistics.fmean(tuned):.1f} tuned"] if tuned else []
+    return ", ".join(cells) or "–"
+
+
+def _named(name: str, folder: Path) -> str:
+    """A method's name, as a link from `folder` where it has a page."""
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    return f"[`{name}`]({page.relative_to(folder).as_posix()})" if page.exists() else f"`{name}`"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "bench": bench_table,
+    "families": methods_by_family,
+    "methods": method_tables,
+}
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+
+
 def with_tables(text: str) -> str:
-    """The README's text with its tables renewed."""
-    for name, table in (("demo", demo_table), ("bench", bench_table)):
+    """A document's text with its tables renewed.
+
+    They stand between "<!-- NAME table -->" and "<!-- /NAME table -->", and figures of the demo
+    between "<!-- demo of METHOD METHOD... -->" and "<!-- /demo -->".
+    """
+    for name, table in TABLES.items():
         marked = rf"(<!-- {name} table -->\n).*?(<!-- /{name} table -->)"
         text = re.sub(marked, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)
-    return text
+    marked = r"(<!-- demo of ([\w ]+) -->\n).*?(<!-- /demo -->)"
+    return re.sub(marked, lambda m: f"{m[1]}{demo_figures(m[2])}\n{m[3]}", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in DOCUMENTS:
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -67,7 +67,6 @@ __all__ = [
     "TaskArithmetic",
     "Ties",
     "Weighted",
-    "describe_methods",
     "make_method",
     "run_passes",
 ]
@@ -94,12 +93,3 @@ def make_method(name: str, **parameters: Any) -> Method:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise TypeError(f"method {name!r} has no parameter {given!r}: {hint}")
     return method(**parameters)
-
-
-def describe_methods() -> str:
-    """Every method with its parameters, defaults and source, as `fastmerge methods` prints it."""
-    lines = []
-    for name, method in METHODS.items():
-        lines.append(f"{name}: {method.summary} ({method.source})")
-        lines += [f"  {p.name}={p.default!r}: {p.doc}" for p in method.parameters]
-    return "\n".join(lines)

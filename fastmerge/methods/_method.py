@@ -105,6 +105,7 @@ class Method:
     Attributes:
         name: name in the registry.
         summary: one line for listings.
+        formula: the merged weights in one line, as `fastmerge.catalogue` writes formulas.
         source: the paper.
         parameters: names, defaults and meaning; the constructor takes them as keywords.
         whole_tensor: True if blocks must be whole tensors.
@@ -118,6 +119,7 @@ class Method:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    formula: ClassVar[str]
     source: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     whole_tensor: ClassVar[bool] = False

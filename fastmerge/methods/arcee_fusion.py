@@ -30,6 +30,7 @@ class ArceeFusion(Method):
 
     name = "arcee_fusion"
     summary = "take the expert's entries whose change matters most, the base's elsewhere"
+    formula = "θ₁ where the importance ≥ median + 1.5 IQR, θ₀ elsewhere"
     source = "mergekit"
     experts_range = (1, 1)
     whole_vectors = True

@@ -29,6 +29,7 @@ class Average(Method):
 
     name = "average"
     summary = "mean of the experts' weights"
+    formula = "Σ wₖθₖ / Σ wₖ"
     source = "arXiv 2203.05482"
     carries_nonfinite = True
     needs_base = False

@@ -36,6 +36,7 @@ class Breadcrumbs(SparseMerge):
 
     name = "breadcrumbs"
     summary = "drop the smallest and the largest entries, add the task vectors"
+    formula = "θ₀ + λ Σ wₖ mₖ∘τₖ, mₖ drops the ⌊nγ⌋ largest and the smallest entries"
     source = "arXiv 2312.06795"
     elect = False
     parameters = (
@@ -83,4 +84,5 @@ class BreadcrumbsTies(Breadcrumbs):
 
     name = "breadcrumbs_ties"
     summary = "drop the smallest and the largest entries, elect signs, add the entries that agree"
+    formula = "θ₀ + λ · elected merge of wₖ mₖ∘τₖ, mₖ as in breadcrumbs"
     elect = True

@@ -41,6 +41,7 @@ class Consensus(Method):
 
     name = "consensus"
     summary = "task arithmetic of the entries that at least k tasks claim"
+    formula = "θ₀ + λ m∘Σ τₖ, m: at least k masks |τₜ| > λₜ|τ − τₜ| agree"
     source = "arXiv 2405.07813"
     parameters = (
         Parameter("k", 2, "how many tasks must claim an entry"),

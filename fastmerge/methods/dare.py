@@ -33,6 +33,7 @@ class DareLinear(SparseMerge):
 
     name = "dare_linear"
     summary = "drop entries at random, rescale, add the task vectors"
+    formula = "θ₀ + λ Σ wₖ mₖ∘τₖ rₖ, mₖ Bernoulli(density)"
     source = "arXiv 2311.03099"
     elect = False
     parameters = (
@@ -72,4 +73,5 @@ class DareTies(DareLinear):
 
     name = "dare_ties"
     summary = "drop entries at random, rescale, elect signs, add the entries that agree"
+    formula = "θ₀ + λ · elected merge of wₖ mₖ∘τₖ rₖ, mₖ Bernoulli(density)"
     elect = True

@@ -36,6 +36,7 @@ class Della(SparseMerge):
 
     name = "della"
     summary = "drop small entries more often than large ones, rescale, elect signs, merge"
+    formula = "θ₀ + λ · elected merge of wₖ mₖ∘τₖ rₖ, mₖ likelier for larger entries of a row"
     source = "arXiv 2406.11617"
     elect = True
     whole_vectors = True
@@ -96,6 +97,7 @@ class DellaLinear(Della):
 
     name = "della_linear"
     summary = "drop small entries more often than large ones, rescale, add the task vectors"
+    formula = "θ₀ + λ Σ wₖ mₖ∘τₖ rₖ, mₖ as in della"
     elect = False
     parameters = (*Della.parameters[:3], normalize_parameter(False), *Della.parameters[4:])
 

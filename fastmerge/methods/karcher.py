@@ -30,6 +30,7 @@ class Karcher(Method):
 
     name = "karcher"
     summary = "Riemannian mean of the experts' directions with their mean norm"
+    formula = "mean |θₖ| · Riemannian mean of the θₖ/|θₖ|"
     source = "Karcher, CPAM 1977"
     needs_base = False
     parameters = (

@@ -26,6 +26,7 @@ class Linear(Method):
 
     name = "linear"
     summary = "weighted average, or weighted sum, of the experts' weights"
+    formula = "Σ wₖθₖ, ÷ Σ wₖ with normalize"
     source = "arXiv 2203.05482"
     needs_base = False
     carries_nonfinite = True

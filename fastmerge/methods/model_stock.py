@@ -30,6 +30,7 @@ class ModelStock(Method):
 
     name = "model_stock"
     summary = "interpolation between base and mean by the angles of the task vectors"
+    formula = "θ₀ + t · mean τₖ, t = Kc / (1 + (K−1)c), c the mean cosine of the τₖ"
     source = "arXiv 2403.19522"
     experts_range = (2, None)
     parameters = (

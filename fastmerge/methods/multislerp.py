@@ -31,6 +31,7 @@ class MultiSlerp(Method):
 
     name = "multislerp"
     summary = "direction of the mean unit task vector with the mean length"
+    formula = "θ₀ + mean |τₖ| · direction of Σ wₖ τₖ/|τₖ|"
     source = "mergekit"
     needs_base = False
     parameters = (

@@ -22,6 +22,7 @@ class NearSwap(Method):
 
     name = "nearswap"
     summary = "go from the base to the expert by at most t in every entry"
+    formula = "θ₀ + τ, every entry at most t"
     source = "mergekit"
     experts_range = (1, 1)
     parameters = (Parameter("t", 1e-4, "largest step of an entry"),)

@@ -35,6 +35,7 @@ class NuSlerp(Method):
 
     name = "nuslerp"
     summary = "spherical interpolation of two task vectors, or of two models without a base"
+    formula = "θ₀ + the point w₂/(w₁+w₂) of the arc between τ₁ and τ₂"
     source = "mergekit"
     needs_base = False
     experts_range = (2, 2)

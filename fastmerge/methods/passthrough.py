@@ -23,6 +23,7 @@ class Passthrough(Method):
 
     name = "passthrough"
     summary = "the only expert, or a multiple of it"
+    formula = "scale · θ₁"
     source = "mergekit"
     needs_base = False
     experts_range = (1, 1)

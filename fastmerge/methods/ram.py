@@ -26,6 +26,7 @@ class Ram(Method):
 
     name = "ram"
     summary = "add what one expert changed, average what several changed"
+    formula = "θ₀ + τₖ where one expert changed an entry, + mean τₖ where several did"
     source = "arXiv 2601.13572"
     parameters = (EPSILON,)
 
@@ -75,6 +76,7 @@ class RamPlus(Ram):
 
     name = "ramplus_tl"
     summary = "as ram, with what one expert changed alone scaled up"
+    formula = "as ram, what one expert changed alone times 1 + r · min(α, shared / alone)"
     parameters = (
         Parameter("r", 0.1, "strength of the factor"),
         Parameter("alpha", 0.2, "largest ratio of shared to lone entries that counts"),

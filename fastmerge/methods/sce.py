@@ -35,6 +35,7 @@ class Sce(Method):
 
     name = "sce"
     summary = "select by variance, weight by energy, erase entries of the minority sign"
+    formula = "θ₀ + Σ wₖ m∘τₖ, m the entries of largest variance, wₖ ∝ mean τₖ²"
     source = "arXiv 2408.07990"
     parameters = (
         Parameter("select_topk", 1.0, "fraction of entries selected by variance, in [0, 1]"),

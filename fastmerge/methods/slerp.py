@@ -30,6 +30,7 @@ class Slerp(Method):
 
     name = "slerp"
     summary = "spherical interpolation between two models"
+    formula = "the point t of the arc from θ₁ to θ₂"
     source = "Shoemake, SIGGRAPH 1985"
     needs_base = False
     experts_range = (1, 2)

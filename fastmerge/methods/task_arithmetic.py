@@ -30,6 +30,7 @@ class TaskArithmetic(Method):
 
     name = "task_arithmetic"
     summary = "base + scaling * sum of task vectors"
+    formula = "θ₀ + λ Σ wₖτₖ"
     source = "arXiv 2212.04089"
     carries_nonfinite = True
     parameters = (

@@ -49,6 +49,7 @@ class Ties(Method):
 
     name = "ties"
     summary = "trim task vectors, elect signs, merge the entries that agree"
+    formula = "θ₀ + λ · disjoint merge of the trimmed τₖ, one threshold over the model"
     source = "arXiv 2306.01708"
     parameters = (
         Parameter("density", 0.2, "fraction of entries kept by trimming, 0 < density <= 1"),

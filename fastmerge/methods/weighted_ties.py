@@ -39,6 +39,7 @@ class WeightedTies(SparseMerge):
 
     name = "weighted_ties"
     summary = "TIES per tensor with weights before the election, as in merge recipes"
+    formula = "θ₀ + λ · disjoint merge of the trimmed wₖτₖ, tensor by tensor"
     source = "arXiv 2306.01708"
     elect = True
     parameters = (

@@ -1,0 +1,227 @@
+"""Every merging method in one list, whatever it is called through: `fastmerge methods`, documents.
+
+Methods of `fm.merge` are in `fastmerge.methods.METHODS` and come from there. Every other method is
+one `Entry` in `OTHERS`; defaults are read from the signature of the function it names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .methods import METHODS, Parameter
+
+REQUIRED = inspect.Parameter.empty
+
+# {family: (heading, how its methods are called)}, in the order of listings.
+FAMILIES = {
+    "merge": ("One model, no data", "`fm.merge(base, experts, method=NAME)`, recipes"),
+    "learned": ("One model, coefficients learned without labels", "`fm.attach`, `fm.learn`"),
+    "kept": (
+        "Something of every expert is kept",
+        "`fm.build(base, experts, method=NAME)`, `fm.task`",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A merging method that is no method of `fm.merge`.
+
+    Attributes:
+        name: its name, also that of its row in the demo's table and of its page in docs/methods.
+        family: a key of `FAMILIES`.
+        summary: one line of prose.
+        formula: one line; θ₀ the base, θₖ the experts, τₖ their task vectors, λ coefficients.
+        source: the paper.
+        call: how it is called, as code.
+        home: "module:function" within fastmerge, whose signature has the defaults; a method of a
+            class as "module:Class.method". Several are separated by commas.
+        meanings: {parameter: what it means}, in the order of listings.
+    """
+
+    name: str
+    family: str
+    summary: str
+    formula: str
+    source: str
+    call: str
+    home: str = ""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Its parameters with the defaults of its functions; `REQUIRED` where there is none."""
+        defaults: dict[str, Any] = {}
+        for home in filter(None, self.home.split(",")):
+            for name, found in inspect.signature(_function(home)).parameters.items():
+                defaults.setdefault(name, found.default)
+        return tuple(Parameter(name, defaults[name], doc) for name, doc in self.meanings.items())
+
+
+_ATTACH = "attachment:attach,learning:learn"
+_LEARNING = {
+    "init": "coefficients to start from",
+    "clamp": "their limits in the forward pass, or None",
+    "parametrization": "identity, softmax, tanh or slerp: how they follow from what is trained",
+    "steps": "optimizer steps",
+    "lr": "Adam's learning rate",
+}
+
+OTHERS: tuple[Entry, ...] = (
+    Entry(
+        name="adamerging_task",
+        family="learned",
+        summary="one coefficient for each expert, learned by the entropy of the predictions",
+        formula="θ₀ + Σ λₖτₖ, λ = argmin Σₜ H(model(xₜ))",
+        source="arXiv 2310.02575",
+        call='fm.attach(model, experts, granularity="task"); fm.learn(model, coefficients, ...)',
+        home=_ATTACH,
+        meanings=_LEARNING,
+    ),
+    Entry(
+        name="adamerging_layer",
+        family="learned",
+        summary="a coefficient for each expert and tensor (or block, or chunk of rows)",
+        formula="θ₀ˡ + Σ λₖˡτₖˡ, λ = argmin Σₜ H(model(xₜ))",
+        source="arXiv 2310.02575",
+        call="fm.attach(model, experts); fm.learn(model, coefficients, batches)",
+        home=_ATTACH,
+        meanings={
+            "granularity": "what shares coefficients: layer, block, chunk, or groups of your own",
+            "chunks": "with granularity chunk: ranges of rows in each tensor (Expert Merging++)",
+            **_LEARNING,
+        },
+    ),
+    Entry(
+        name="adamerging_pp",
+        family="learned",
+        summary="the same on task vectors that TIES has trimmed and elected",
+        formula="θ₀ˡ + Σ λₖˡ mₖˡ∘τₖˡ, mₖ the masks of TIES",
+        source="arXiv 2310.02575",
+        call='fm.attach(model, experts, trim=dict(method="ties", density=0.2)); fm.learn(...)',
+        home=_ATTACH,
+        meanings={"granularity": "what shares coefficients", **_LEARNING},
+    ),
+    Entry(
+        name="adamerging_layer_kl",
+        family="learned",
+        summary="the same with the divergence from each expert's predictions as objective",
+        formula="θ₀ˡ + Σ λₖˡτₖˡ, λ = argmin Σₜ KL(expertₜ(xₜ) ‖ model(xₜ))",
+        source="arXiv 2310.02575; the objective: arXiv 2509.25712",
+        call='fm.attach(...); fm.learn(..., objective="kl", expert_logits=experts)',
+        home=_ATTACH,
+        meanings={"granularity": "what shares coefficients", **_LEARNING},
+    ),
+    Entry(
+        name="emr",
+        family="kept",
+        summary="one elected task vector, and of each task a mask and a scale; the task is given",
+        formula="θ₀ + λₜ mₜ∘τ, τ per entry the majority's sign and its largest magnitude",
+        source="arXiv 2405.17461",
+        call='fm.build(model, experts, method="emr")',
+        home="modules.emr:Emr.build",
+        meanings={
+            "rescale": "global, tensor_mean (published code) or none: what λₜ is made of",
+            "cancelled": "negative or zero: what entries with Σ τₖ = 0 become",
+        },
+    ),
+    Entry(
+        name="tall",
+        family="kept",
+        summary="masks of the merged task vector; the task is given",
+        formula="θ₀ + mₜ∘τ, mₜ = |τₜ| > λₜ|τ − τₜ|, τ = Σ τₖ",
+        source="arXiv 2405.07813",
+        call='fm.build(model, experts, method="tall")',
+        home="modules.tall:Tall.build",
+        meanings={
+            "threshold": "λₜ, a number or one a task; by default what score chooses, or 0.4",
+            "score": "(model, task) -> how good it is, to choose thresholds by",
+            "candidates": "the thresholds to choose from",
+            "merged": "arguments of another fm.merge that makes θ₀ + τ",
+        },
+    ),
+    Entry(
+        name="twin",
+        family="kept",
+        summary="a shared expert and a low-rank part of each, mixed for every sample by a router",
+        formula="θ_shared + Σ wₖ(x) UₖVₖ",
+        source="arXiv 2406.15479",
+        call='fm.build(model, experts, method="twin"); fm.train_router(dyn, batches)',
+        home="modules.twin:TwinMerging.build",
+        meanings={
+            "shared": "λ of task arithmetic, or arguments of fm.merge, for the shared expert",
+            "rank_ratio": "rank as a fraction of a matrix's shorter side",
+            "rank": "the same rank for every matrix instead",
+            "svd": "exact, randomized or auto",
+            "routing": "soft or hard",
+            "selection": "all or top experts",
+            "lora": "product or factors: what of adapters is merged",
+            "seed": "of the randomized decomposition",
+        },
+    ),
+    Entry(
+        name="wemoe",
+        family="kept",
+        summary="MLPs mixed for every sample by routers in front of them, the rest merged",
+        formula="θ₀ + Σ wₖ(x) τₖ in the MLPs, θ₀ + λ Σ τₖ elsewhere",
+        source="arXiv 2402.00433",
+        call='fm.build(model, experts, method="wemoe"); fm.learn(dyn, dyn.routers, batches)',
+        home="modules.wemoe:WEMoE.build",
+        meanings={
+            "scaling": "λ of task arithmetic, where the routers start too",
+            "depth": "layers of the routers: 0, 1 or 2",
+            "routing": "sample or batch",
+            "seed": "of the routers' initial weights",
+        },
+    ),
+)
+
+
+def catalogue() -> list[Entry]:
+    """All methods, family by family; those of `fm.merge` as entries, too."""
+    merges = [
+        Entry(
+            name=name,
+            family="merge",
+            summary=method.summary,
+            formula=method.formula,
+            source=method.source,
+            call=f'fm.merge(base, experts, method="{name}")',
+            home=f"methods:METHODS.{name}",
+            meanings={p.name: p.doc for p in method.parameters},
+        )
+        for name, method in METHODS.items()
+    ]
+    return [e for family in FAMILIES for e in (*merges, *OTHERS) if e.family == family]
+
+
+def describe_methods() -> str:
+    """Every method with formula, source, parameters and defaults, as `fastmerge methods` has it."""
+    lines, family = [], None
+    for entry in catalogue():
+        if entry.family != family:
+            heading, how = FAMILIES[entry.family]
+            lines += ["" if family else None, f"{heading}: {how.replace('`', '')}", ""]
+            family = entry.family
+        lines += [f"{entry.name}: {entry.summary} ({entry.source})", f"  {entry.formula}"]
+        lines += [f"  {entry.call}"] if entry.family != "merge" else []
+        lines += [f"  {_shown(p)}: {p.doc}" for p in entry.parameters()]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _shown(parameter: Parameter) -> str:
+    if parameter.default is REQUIRED:
+        return parameter.name
+    return f"{parameter.name}={parameter.default!r}"
+
+
+def _function(home: str) -> Any:
+    """The function or class that "module:name" or "module:Class.method" is."""
+    module, _, path = home.strip().partition(":")
+    found = importlib.import_module(f".{module}", __package__)
+    for part in path.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
