@@ -60,6 +60,12 @@ def x(shape):
     return random(shape, torch.float32, seed=20)
 
 
+def adapters(wants_grad=False):
+    """Down and up factors of three tasks."""
+    shapes = ((3, 2, 7), (3, 7, 2))
+    return [random(shape, torch.float32, seed=30).requires_grad_(wants_grad) for shape in shapes]
+
+
 INTEGERS = torch.ones(BASE, dtype=torch.int64)
 SHORT = torch.ones(5, 6)
 BF16 = torch.bfloat16
@@ -187,6 +193,39 @@ CASES = {
             "shape": (
                 [x((5, 4)), base(), *thin(BASE), lam(), False, True, True],
                 r"grad is \[5, 4\] on (cpu|meta), expected \[5, 5\]",
+            ),
+        },
+    ),
+    "residual_adapter": Case(
+        lambda: [
+            [x((4, 3, 7)).requires_grad_(), *adapters(True), torch.tensor([2, 0, 0, 1])],
+            [x((2, 20, 7)), *adapters(), torch.tensor([2, 0])],
+            [x((7,)), *adapters(), torch.tensor(1)],
+        ],
+        lambda: {
+            "dtype": (
+                [INTEGERS, *adapters(), torch.tensor(1)],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [SHORT, *adapters(), torch.tensor(1)],
+                r"x is \[5, 6\] on (cpu|meta), expected \[\.\.\., 7\]",
+            ),
+        },
+    ),
+    "residual_adapter_backward": Case(
+        lambda: [
+            [x((4, 7)), base(shape=(4, 7)), *adapters(), torch.tensor([2, 0, 0, 1]), *needed]
+            for needed in ((True, True), (True, False), (False, True))
+        ],
+        lambda: {
+            "dtype": (
+                [x((5, 7)), INTEGERS, *adapters(), torch.tensor(1), True, True],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [x((5, 6)), base(), *adapters(), torch.tensor(1), True, True],
+                r"grad is \[5, 6\] on (cpu|meta), expected \[5, 7\]",
             ),
         },
     ),

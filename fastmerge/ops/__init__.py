@@ -12,6 +12,7 @@ from .masked_merge import masked_merge, masked_sums
 from .masked_weighted_sum import masked_coefficient_grad, masked_weighted_sum
 from .merged_linear import merged_linear
 from .random_masks import random_key, random_masks
+from .residual_adapter import residual_adapter
 from .row_gram import exact_sums, exact_value, row_gram
 from .softmax_entropy import softmax_entropy
 from .task_variance import task_variance
@@ -37,6 +38,7 @@ __all__ = [
     "merged_linear",
     "random_key",
     "random_masks",
+    "residual_adapter",
     "row_gram",
     "softmax_entropy",
     "task_variance",
