@@ -90,8 +90,9 @@ class Bench:
         """stored_mib and batch_ms of a row whose weights take so many bytes."""
         return {"stored_mib": stored / 2**20, "batch_ms": milliseconds(run)}
 
+    @cached_property
     def serving_one_model(self) -> dict[str, float]:
-        """The same for the encoder as it is."""
+        """The same for any one model of the encoder's shape: values change neither."""
         return self.serving(lambda: self.encoder(self.mixed.ids), held_bytes(self.encoder))
 
 
@@ -187,7 +188,7 @@ def pretrained(bench: Bench) -> Row:
     """The base model with its zero-shot heads."""
     with measured() as cost, cost.paused():
         result = bench.score(bench.base)
-    return Row(record(bench, "pretrained", result, cost, **bench.serving_one_model()))
+    return Row(record(bench, "pretrained", result, cost, **bench.serving_one_model))
 
 
 def individual(bench: Bench) -> Row:
@@ -214,7 +215,7 @@ def static(bench: Bench, method: str, **parameters: Any) -> Row:
         state = fm.merge(bench.base, bench.experts, method=method, **parameters)
         with cost.paused(), bench.holding(state) as encoder:
             result = accuracies(encoder, bench.heads, bench.scored)
-            serving = bench.serving_one_model()
+            serving = bench.serving_one_model
     more = {"scaling": parameters["scaling"]} if "scaling" in parameters else {}
     return Row(record(bench, method, result, cost, **more, **serving))
 
@@ -248,7 +249,7 @@ def tuned(bench: Bench, method: str) -> Row:
             fm.remerge_(encoder, torch.full((len(experts),), best))
             with cost.paused():
                 result = accuracies(encoder, bench.heads, bench.scored)
-                serving = bench.serving_one_model()
+                serving = bench.serving_one_model
         finally:
             fm.detach(encoder)
     cost.seconds += adaptation.expert_cost.seconds
@@ -293,7 +294,7 @@ def learned(
             fm.materialize(encoder)
             with cost.paused():
                 result = accuracies(encoder, bench.heads, bench.scored)
-                serving = bench.serving_one_model()
+                serving = bench.serving_one_model
         finally:
             fm.detach(encoder)
     if objective == "kl":
