@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .coverage_report import coverage
     from .deltas import Dense, Experts, LowRank, Masked
     from .learning import CollapseWarning, History, ShuffledBatches, learn
+    from .linearized.adapters import Linearized, linearize
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
@@ -41,6 +42,7 @@ _HOMES = {
     "coverage_report": ("coverage",),
     "deltas": ("Dense", "Experts", "LowRank", "Masked"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
+    "linearized.adapters": ("Linearized", "linearize"),
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
@@ -60,6 +62,7 @@ __all__ = [
     "Dense",
     "Experts",
     "History",
+    "Linearized",
     "LowRank",
     "Masked",
     "MergedWeight",
@@ -73,6 +76,7 @@ __all__ = [
     "heat_map",
     "important_chunks",
     "learn",
+    "linearize",
     "load",
     "load_coefficients",
     "materialize",

@@ -20,6 +20,7 @@ from .adapters import adapter_deltas, selected
 from .checking import check_models, running_statistics, select_names
 from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
 from .deltas import Deltas, Dense, Experts
+from .linearized.layers import LinearizedLora
 from .merged_weight import MergedWeight
 from .module_hooks import add_hooks, remove_hooks
 from .row_coefficients import RowCoefficients
@@ -250,9 +251,15 @@ def attach_deltas(
 
 
 def check_unattached(model: nn.Module) -> None:
-    """Raise ValueError if the model, or a part of it, has merged weights."""
+    """Raise ValueError if the model, or a part of it, has merged weights or linearised adapters."""
     if model.__dict__.get(_RECORD) is not None:
         raise ValueError("the model has merged weights already: call fastmerge.detach first")
+    for name, module in model.named_modules():
+        if isinstance(module, LinearizedLora):
+            raise ValueError(
+                f"{name!r} is a linearised adapter, which would be added to merged weights: call "
+                "remove() on what fastmerge.linearize returned first"
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, MergedWeight):
             raise ValueError(

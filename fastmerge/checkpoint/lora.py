@@ -124,13 +124,24 @@ class LoraCheckpoint:
 
         None for a tensor that the adapter replaces or leaves as it is.
         """
+        found = self.stored_factors(key)
+        if found is None:
+            return None
+        a, b, scaling, transposed = found
+        up, down = (a.t(), b.t()) if transposed else (b, a)
+        return down.reshape(-1, *self.base.tensors[key].shape[1:]), up * scaling
+
+    def stored_factors(self, key: str) -> tuple[Tensor, Tensor, float, bool] | None:
+        """A [r, *] and B [O, r] in fp32 or fp64, s, and whether the base stores (B A)^T, or None.
+
+        Dimensions after the second are flattened.
+        """
         found = self._factors.get(key)
         if found is None:
             return None
-        dtype, shape = _computed_in(self.base.tensors[key].dtype), self.base.tensors[key].shape
+        dtype = _computed_in(self.base.tensors[key].dtype)
         a, b = (self._adapter.read(f).flatten(1).to(dtype) for f in (found.a, found.b))
-        up, down = (a.t(), b.t()) if found.transposed else (b, a)
-        return down.reshape(-1, *shape[1:]), up * found.scaling
+        return a, b, found.scaling, found.transposed
 
     def _adapt(self, key: str, stored: Tensor, which: slice | Tensor) -> Tensor:
         """Rows of the base with s B A added, in fp32; no more of it is formed."""

@@ -17,7 +17,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -166,6 +168,25 @@ def publish(partial: Path, out: Path, previous: Path) -> None:
     sync_folder(out.parent)
     if previous.exists():
         shutil.rmtree(previous)
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write small files to, which becomes `out` if the body succeeds.
+
+    Raises:
+        FileExistsError: something else is at `out`.
+    """
+    check_target(out, overwrite)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        partial = place / "new"
+        partial.mkdir()
+        yield partial
+        publish(partial, out, place / "previous")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

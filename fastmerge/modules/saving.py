@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from ..attachment import check_unattached
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import parse_json
-from ..checkpoint.writer import check_target, publish, write_text
+from ..checkpoint.writer import check_target, new_folder, write_text
 from .dynamic import DynamicModel, method_class
 from .fingerprint import fingerprint
 
@@ -52,16 +50,9 @@ def save(model: DynamicModel, folder: str | Path, *, overwrite: bool = False) ->
         "config": config,
         "digest": _digest(tensors, config),
     }
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
-        partial = place / "new"
-        partial.mkdir()
+    with new_folder(out, overwrite) as partial:
         save_file(_apart(tensors), partial / WEIGHTS, metadata={"format": "pt"})
         write_text(partial / DESCRIPTION, json.dumps(description, indent=1).encode())
-        publish(partial, out, place / "previous")
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def load(folder: str | Path, model: nn.Module, **options: Any) -> DynamicModel:
