@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .coverage_report import coverage
     from .deltas import Dense, Experts, LowRank, Masked
     from .learning import CollapseWarning, History, ShuffledBatches, learn
-    from .linearized.adapters import Linearized, linearize
+    from .linearized.adapters import linearize
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
@@ -42,7 +42,7 @@ _HOMES = {
     "coverage_report": ("coverage",),
     "deltas": ("Dense", "Experts", "LowRank", "Masked"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
-    "linearized.adapters": ("Linearized", "linearize"),
+    "linearized.adapters": ("linearize",),
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
@@ -62,7 +62,6 @@ __all__ = [
     "Dense",
     "Experts",
     "History",
-    "Linearized",
     "LowRank",
     "Masked",
     "MergedWeight",

@@ -20,6 +20,7 @@ REQUIRED = inspect.Parameter.empty
 FAMILIES = {
     "merge": ("One model, no data", "`fm.merge(base, experts, method=NAME)`, recipes"),
     "learned": ("One model, coefficients learned without labels", "`fm.attach`, `fm.learn`"),
+    "fine_tuned": ("Experts fine-tuned to be merged", "`fm.linearize`, then any of the above"),
     "kept": (
         "Something of every expert is kept",
         "`fm.build(base, experts, method=NAME)`, `fm.task`",
@@ -114,6 +115,23 @@ OTHERS: tuple[Entry, ...] = (
         call='fm.attach(...); fm.learn(..., objective="kl", expert_logits=experts)',
         home=_ATTACH,
         meanings={"granularity": "what shares coefficients", **_LEARNING},
+    ),
+    Entry(
+        name="llora",
+        family="fine_tuned",
+        summary="LoRA linearised around its start, so that merging acts linearly on every layer",
+        formula="θ₀ + Σ λₖ s Bₖ A₀, A₀ one fixed draw",
+        source="arXiv 2310.04742",
+        call='fm.linearize(model, targets); fm.attach(base, folders, deltas="lora")',
+        home="linearized.adapters:linearize",
+        meanings={
+            "targets": "names of linear layers, or their ends, as patterns; PEFT's LoRAs without",
+            "rank": "of the adapters",
+            "alpha": "s = alpha / rank",
+            "dropout": "on the way to A₀, while training",
+            "seed": "of A₀",
+            "start": "a LoRA to start from",
+        },
     ),
     Entry(
         name="emr",
