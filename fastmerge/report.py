@@ -21,6 +21,7 @@ LABELS = {
     "task_arithmetic_tuned": "task arithmetic, tuned",
     "ties": "TIES",
     "ties_tuned": "TIES, tuned",
+    "metagpt": "MetaGPT",
     "adamerging_task": "AdaMerging task-wise",
     "adamerging_layer": "AdaMerging layer-wise",
     "adamerging_pp": "AdaMerging++ layer-wise",

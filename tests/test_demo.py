@@ -241,7 +241,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     named = [(row.record["method"], row.record["protocol"]) for row in finished]
     learned = [name for name, kind in report.KINDS.items() if kind == "learned"]
     dynamic = [name for name, kind in report.KINDS.items() if kind == "dynamic"]
-    static = ["average", "task_arithmetic", "task_arithmetic_tuned", "ties", "ties_tuned"]
+    static = [name for name in report.LABELS if report.kind(name) == "static"]
     assert named == [
         *((name, "strict") for name in ["pretrained", "individual", *static, *learned]),
         *((name, "strict") for name in dynamic),

@@ -63,6 +63,8 @@ OWN = [
     ("task_arithmetic", {"scaling": 0.4}, {"scaling": 0.4}),
     ("ties", {"scope": "model", "density": 0.3}, {"density": 0.3}),
     ("ties", {"merge": "sum", "scaling": 0.3}, {"merge": "sum", "scaling": 0.3}),
+    ("metagpt", {}, {}),
+    ("metagpt", {"vectors": "ties", "density": 0.3}, {"vectors": "ties", "density": 0.3}),
 ]
 
 

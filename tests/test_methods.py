@@ -180,6 +180,12 @@ PARAMETERS = {
     "average": [{}, {"weights": [1, 2, 3, 4]}],
     "linear": [{"weight": W}, {"weight": W, "normalize": False}],
     "task_arithmetic": [{}, {"weight": W, "normalize": True}],
+    "metagpt": [
+        {},
+        {"vectors": "ties", "density": 0.3},
+        {"vectors": "dare", "density": [0.5, 1, 0, 0.2], "scaling": 0.5},
+        {"vectors": "dare_ties", "density": 0.5},
+    ],
     "ties": [
         {"merge": merge, "scope": scope}
         for merge in ("mean", "sum", "max")
@@ -306,6 +312,9 @@ def test_the_registry_documents_every_parameter():
         ("ties", {"scope": "layer"}, ValueError, "scope must be one of model, tensor"),
         ("task_arithmetic", {"scaling": [math.inf]}, ValueError, "scaling must be a finite"),
         ("task_arithmetic", {"scaling": [1.0, 2.0]}, ValueError, "2 values for 4 experts"),
+        ("metagpt", {"vectors": "della"}, ValueError, "vectors must be one of plain, ties, dare"),
+        ("metagpt", {"density": 0.5}, ValueError, "density belongs to vectors of ties or dare"),
+        ("metagpt", {"vectors": "ties", "density": [0.5]}, ValueError, "1 values for 4 experts"),
         ("average", {"weights": [1.0]}, ValueError, "1 values for 4 experts"),
         ("average", {"weights": [1.0, -1, 0, 0]}, ValueError, "finite sum other than 0"),
     ],

@@ -64,6 +64,7 @@ def _strict_rows(settings: Settings) -> list[Planned]:
         Planned("task_arithmetic_tuned", lambda b: tuned(b, "task_arithmetic"), default=True),
         _static("ties", default=True, **ties),
         Planned("ties_tuned", lambda bench: tuned(bench, "ties"), default=True),
+        _static("metagpt"),
         *_learned_rows(settings, "strict"),
         Planned("emr", emr),
         Planned("tall", tall),

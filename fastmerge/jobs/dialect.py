@@ -146,6 +146,16 @@ DIALECTS: dict[str, Dialect] = {
         {"weight": Knob(default=1.0, per_expert=True)},
         {"weight": "weights"},
     ),
+    "metagpt": Dialect(
+        "metagpt",
+        "required",
+        (1, None),
+        {
+            "vectors": Knob("text", "plain"),
+            "density": _DENSITY,
+            "scaling": Knob(default=1.0),
+        },
+    ),
     "weighted": Dialect("weighted", "required", (1, None)),
 }
 

@@ -14,6 +14,7 @@ from .dare import DareLinear, DareTies
 from .della import Della, DellaLinear
 from .karcher import Karcher
 from .linear import Linear
+from .metagpt import MetaGPT
 from .model_stock import ModelStock
 from .multislerp import MultiSlerp
 from .nearswap import NearSwap
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
         Average,
         Linear,
         TaskArithmetic,
+        MetaGPT,
         Ties,
         WeightedTies,
         DareLinear,
