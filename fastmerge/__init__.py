@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .ops._strategy import use_strategy
     from .recalibration import recalibrate
     from .report import heat_map
+    from .searching import search
     from .transfer import transfer_coefficients
 
 _HOMES = {
@@ -52,6 +53,7 @@ _HOMES = {
     "ops._strategy": ("use_strategy",),
     "recalibration": ("recalibrate",),
     "report": ("heat_map",),
+    "searching": ("search",),
     "transfer": ("transfer_coefficients",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -84,6 +86,7 @@ __all__ = [
     "recalibrate",
     "remerge_",
     "save",
+    "search",
     "task",
     "train_router",
     "transfer_coefficients",

@@ -117,6 +117,23 @@ OTHERS: tuple[Entry, ...] = (
         meanings={"granularity": "what shares coefficients", **_LEARNING},
     ),
     Entry(
+        name="lorahub",
+        family="learned",
+        summary="coefficients searched by evaluations of a loss on a few examples, no gradients",
+        formula="θ₀ + Σ λₖτₖ, λ = argmin loss + α Σ |λₖ|",
+        source="arXiv 2307.13269",
+        call='fm.attach(model, adapters, deltas="lora", ...); fm.search(model, coefficients, loss)',
+        home="searching:search",
+        meanings={
+            "evaluations": "of the loss",
+            "l1": "α",
+            "norm": "sum over the experts, or mean (published code)",
+            "step": "size of the first moves",
+            "bounds": "limits; by default the coefficients' clamp, or ±1.5",
+            "seed": "of the moves",
+        },
+    ),
+    Entry(
         name="llora",
         family="fine_tuned",
         summary="LoRA linearised around its start, so that merging acts linearly on every layer",
