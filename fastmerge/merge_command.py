@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .jobs.places import find_folders
 from .jobs.recipe import load_recipe
+from .torch_import import import_torch
 
 if TYPE_CHECKING:
     from .jobs.plan import Plan
@@ -60,6 +61,7 @@ def run_merge(
     memory, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     recipe = load_recipe(recipe_file)
     folders = find_folders(recipe, recipe_file.parent)
+    import_torch()
     from .jobs.engine import (
         check_device,
         check_job,

@@ -46,3 +46,18 @@ def test_errors_are_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("fastmerge: ") and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_job_does_not_need_of_torch_is_imported_when_it_is_used():
+    code = """
+import sys
+from fastmerge.torch_import import UNUSED, import_torch
+import_torch()
+import torch, fastmerge.jobs.engine, fastmerge.jobs.planning
+assert not {"torch._decomp", "sympy", "transformers"} & set(sys.modules)
+assert not hasattr(torch._meta_registrations, "__file__")  # asked of all modules, needs none
+torch.zeros(3, device="meta").add(1)
+assert callable(torch._meta_registrations.meta_index_Tensor)
+assert sys.modules[UNUSED].__file__ and "torch._decomp" in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

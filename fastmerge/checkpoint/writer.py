@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .direct import Buffer, OutputFile
 from .errors import CheckpointError
 from .layout import INDEX, Layout
 
@@ -212,15 +213,15 @@ class Writer:
 
     def __init__(self, folder: Path, layout: Layout, create: bool):
         self.folder, self.layout = folder, layout
-        self._descriptors: list[int] = []
+        self._files: list[OutputFile] = []
+        buffer = Buffer()
         try:
             if create:
                 check_space(folder, layout)
             for shard in layout.shards:
-                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-                self._descriptors.append(os.open(folder / shard.name, flags, 0o644))
+                self._files.append(OutputFile(folder / shard.name, create, buffer))
                 if create:
-                    self._create(len(self._descriptors) - 1)
+                    self._create(len(self._files) - 1)
         except BaseException:
             self.close()
             raise
@@ -244,32 +245,34 @@ class Writer:
         """The bytes of rows of a tensor as they are in the file."""
         number, extent = self.layout.places[name]
         size = (extent.stop - extent.start) // max(extent.shape[0] if extent.shape else 1, 1)
-        return os.pread(self._descriptors[number], rows * size, extent.start + start_row * size)
+        return os.pread(
+            self._files[number].descriptor, rows * size, extent.start + start_row * size
+        )
 
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
-        for number, descriptor in enumerate(self._descriptors):
-            self._guarded(number, os.fdatasync, descriptor)
+        for number, file in enumerate(self._files):
+            self._guarded(number, os.fdatasync, file.descriptor)
 
     def forget(self) -> None:
         """Drop the files from the system's cache, so that reading asks the disk."""
-        for descriptor in self._descriptors:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        for file in self._files:
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        while self._files:
+            self._files.pop().close()
 
     def _create(self, number: int) -> None:
-        shard, descriptor = self.layout.shards[number], self._descriptors[number]
+        shard, descriptor = self.layout.shards[number], self._files[number].descriptor
         os.ftruncate(descriptor, 0)
         self._guarded(number, os.posix_fallocate, descriptor, 0, shard.size)
         self._pwrite(number, memoryview(shard.header), 0)
 
     def _pwrite(self, number: int, data: memoryview, offset: int) -> None:
         while data:
-            count = self._guarded(number, os.pwrite, self._descriptors[number], data, offset)
+            count = self._guarded(number, self._files[number].write, data, offset)
             data, offset = data[count:], offset + count
 
     def _guarded(self, number: int, function, *arguments):
