@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .merging import merge
     from .modules.dynamic import build, fold, task
     from .modules.saving import load, save
+    from .modules.surgery_training import train_surgery
     from .modules.task_router import train_router
     from .ops._strategy import use_strategy
     from .recalibration import recalibrate
@@ -49,6 +50,7 @@ _HOMES = {
     "merging": ("merge",),
     "modules.dynamic": ("build", "fold", "task"),
     "modules.saving": ("load", "save"),
+    "modules.surgery_training": ("train_surgery",),
     "modules.task_router": ("train_router",),
     "ops._strategy": ("use_strategy",),
     "recalibration": ("recalibrate",),
@@ -89,6 +91,7 @@ __all__ = [
     "search",
     "task",
     "train_router",
+    "train_surgery",
     "transfer_coefficients",
     "use_backend",
     "use_strategy",

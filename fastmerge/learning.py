@@ -70,12 +70,20 @@ class ShuffledBatches:
             raise ValueError(f"batch_size must be in 1..{self.rows} (the rows), got {batch_size}")
 
     def __iter__(self) -> Iterator[Any]:
+        for index in self.indices():
+            yield self.at(index)
+
+    def at(self, index: Tensor) -> Any:
+        """The inputs of these rows, int64 [B]."""
+        return pytree.tree_map(lambda t: t[index], self.inputs)
+
+    def indices(self) -> Iterator[Tensor]:
+        """The batches' rows, int64 [batch_size] each."""
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             order = torch.randperm(self.rows, generator=generator)
             for start in range(0, self.rows - self.batch_size + 1, self.batch_size):
-                index = order[start : start + self.batch_size]
-                yield pytree.tree_map(lambda t, index=index: t[index], self.inputs)
+                yield order[start : start + self.batch_size]
 
 
 def learn(
@@ -168,7 +176,7 @@ def learn(
         if not resume:
             raise FileExistsError(f"{checkpoint} exists: pass resume=True to continue it")
         history = History(**load_checkpoint(checkpoint, coefficients, stepper, tasks))
-    streams = {task: _Stream(task, batches[task], len(history.loss)) for task in tasks}
+    streams = {task: Stream(task, batches[task], len(history.loss)) for task in tasks}
     if loss_of is entropy:
         expert_logits = None  # nothing to compare with
     kind = GraphedStep if cuda_graph else EagerStep
@@ -177,7 +185,7 @@ def learn(
     begun = time.perf_counter() - history.seconds
     if evaluate is not None and not history.evaluations:
         history.evaluations.append((0, evaluate()))
-    with _frozen(model, coefficients), _progress_bar(steps, progress) as report:
+    with frozen(model, coefficients), progress_bar(steps, progress) as report:
         for step in range(len(history.loss), steps):
             if history.stopped_early:
                 break
@@ -245,7 +253,7 @@ def _stalled(losses: list[float], patience: int, window: int = 10) -> bool:
     return len(means) - 1 - means.index(min(means)) >= patience
 
 
-class _Stream:
+class Stream:
     """Next batch of a task, starting the iterable again when it ends."""
 
     def __init__(self, task: str, iterable: Iterable[Any], skip: int):
@@ -307,8 +315,8 @@ class _CollapseMonitor:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module, coefficients: nn.Module) -> Iterator[None]:
-    """No gradients for the model's own parameters while coefficients are learned."""
+def frozen(model: nn.Module, coefficients: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters of a model that are not among those of `coefficients`."""
     own = {id(p) for p in coefficients.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     for parameter in trainable:
@@ -322,7 +330,10 @@ def _frozen(model: nn.Module, coefficients: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress_bar(steps: int, show: bool | None) -> Iterator[Callable[[int, float], None]]:
+def progress_bar(
+    steps: int, show: bool | None, title: str = "learning coefficients"
+) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar with loss and time left; gives the function (steps done, loss) to call."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -331,7 +342,7 @@ def _progress_bar(steps: int, show: bool | None) -> Iterator[Callable[[int, floa
     if show is False or (show is None and not console.is_terminal):
         yield lambda step, loss: None
         return
-    columns = ("learning coefficients", BarColumn(), MofNCompleteColumn())
+    columns = (title, BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), Remaining(), console=console) as bar:
         task = bar.add_task("", total=steps, loss="")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.4f}")

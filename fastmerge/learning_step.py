@@ -59,7 +59,7 @@ class EagerStep:
         self, inputs: dict[str, Any], targets: dict[str, Tensor | None], step: int
     ) -> tuple[Values, Values]:
         """Forward and backward passes; gradients are added up, nothing is read by the host."""
-        joined = None if _mixes_rows(self.model) else join(list(inputs.values()))
+        joined = None if mixes_rows(self.model) else join(list(inputs.values()))
         if joined is not None and len(inputs) > 1:
             merged, rows = joined
             outputs = _split(self._output(merged), rows)
@@ -226,7 +226,7 @@ def _split(output: Any, rows: list[int]) -> list[Any] | None:
     return [pytree.tree_unflatten([part[i] for part in parts], spec) for i in range(len(rows))]
 
 
-def _mixes_rows(model: nn.Module) -> bool:
+def mixes_rows(model: nn.Module) -> bool:
     """Whether a row's output depends on the other rows: statistics or coefficients of the batch."""
     batch_norm = nn.modules.batchnorm._BatchNorm
     return any(

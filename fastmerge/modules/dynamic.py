@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..attachment import check_unattached
 from .fingerprint import fingerprint
 
 # {method: (file, class)}; each is imported when it is asked for.
 METHODS = {
     "emr": ("emr", "Emr"),
+    "surgery": ("surgery", "Surgery"),
+    "surgery_v2": ("surgery", "SurgeryV2"),
     "tall": ("tall", "Tall"),
     "twin": ("twin", "TwinMerging"),
     "wemoe": ("wemoe", "WEMoE"),
@@ -71,6 +74,16 @@ class DynamicModel(nn.Module):
         """The model that `tensors` and `config` are of, on its base model."""
         raise NotImplementedError
 
+    @classmethod
+    def fingerprint_of(cls, model: nn.Module) -> str:
+        """What tells a base model from another.
+
+        Raises:
+            ValueError: it cannot be one: it has merged weights already.
+        """
+        check_unattached(model)
+        return fingerprint(model.state_dict())
+
 
 def method_class(method: str) -> type[DynamicModel]:
     """The class of a dynamic method.
@@ -102,7 +115,8 @@ def build(
         experts: K fine-tuned models, as a list or {task: expert}: modules, state dicts, or paths
             of checkpoint folders, safetensors files or LoRA adapters.
         method: "emr" (masks of one unified task vector), "tall" (masks of the merged one), "twin"
-            (low-rank parts and a router) or "wemoe" (MLPs mixed by routers).
+            (low-rank parts and a router), "wemoe" (MLPs mixed by routers), or "surgery" and
+            "surgery_v2" (adapters on representations), for which `model` is a merged model.
         options: the method's own, see `fastmerge.modules`.
 
     Returns:
@@ -122,7 +136,7 @@ def build(
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise TypeError(f"method {method!r} has no option {given!r}: {hint}")
     dynamic = cls.build(model, experts, **options)
-    dynamic.base = fingerprint(model.state_dict())
+    dynamic.base = cls.fingerprint_of(model)
     return dynamic
 
 

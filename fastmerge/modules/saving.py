@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..attachment import check_unattached
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.header import parse_json
 from ..checkpoint.writer import check_target, new_folder, write_text
@@ -69,12 +68,11 @@ def load(folder: str | Path, model: nn.Module, **options: Any) -> DynamicModel:
         ValueError: the model has merged weights already.
     """
     folder = Path(folder)
-    check_unattached(model)
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; expected what save wrote")
     method, base, config, digest = _description(folder / DESCRIPTION)
-    found = fingerprint(model.state_dict())
+    found = method_class(method).fingerprint_of(model)
     if found != base:
         raise CheckpointError(
             f"{folder}: belongs to another base model: its fingerprint of names, shapes, dtypes "
