@@ -25,6 +25,10 @@ FAMILIES = {
         "Something of every expert is kept",
         "`fm.build(base, experts, method=NAME)`, `fm.task`",
     ),
+    "corrected": (
+        "What a merged model makes of inputs is corrected",
+        "`fm.build(merged, experts, method=NAME, inputs=...)`, `fm.train_surgery`, `fm.task`",
+    ),
 }
 
 
@@ -69,6 +73,21 @@ _LEARNING = {
     "parametrization": "identity, softmax, tanh or slerp: how they follow from what is trained",
     "steps": "optimizer steps",
     "lr": "Adam's learning rate",
+}
+
+_SURGERY = "modules.surgery:Surgery.build,modules.surgery_training:train_surgery"
+_ADAPTERS = {
+    "rank": "of the adapters",
+    "final": "the module or field that is the final representation, where the output is not",
+    "features": "dimension of the features, 1 for convolutional networks",
+    "seed": "of the adapters' initial values",
+    "steps": "updates of each task's adapters",
+    "lr": "Adam's learning rate",
+    "compare": "mean, first or all: tokens whose representations are compared",
+    "distance": "l1 or l2 (a variant in the published code)",
+    "updates": "own, or shared (published code): an Adam for each task, or one for all in turn",
+    "mask": "function of the inputs: the tokens that count",
+    "cache": "folder that keeps the experts' representations",
 }
 
 OTHERS: tuple[Entry, ...] = (
@@ -211,6 +230,26 @@ OTHERS: tuple[Entry, ...] = (
             "routing": "sample or batch",
             "seed": "of the routers' initial weights",
         },
+    ),
+    Entry(
+        name="surgery",
+        family="corrected",
+        summary="an adapter for each task on the final representation; the task is given",
+        formula="z − Uₜ relu(Vₜ z), U, V = argmin Σₜ |z(xₜ) − zₜ(xₜ)|, any merged weights",
+        source="arXiv 2402.02705",
+        call='fm.build(merged, experts, method="surgery", inputs=x); fm.train_surgery(dyn, ...)',
+        home=_SURGERY,
+        meanings=_ADAPTERS,
+    ),
+    Entry(
+        name="surgery_v2",
+        family="corrected",
+        summary="the same after every block, on all tokens",
+        formula="Hₗ − Uₜₗ relu(Vₜₗ Hₗ), U, V = argmin Σₜₗ |Hₗ(xₜ) − Hₗₜ(xₜ)|, any merged weights",
+        source="arXiv 2410.14389",
+        call='fm.build(merged, experts, method="surgery_v2", inputs=x); fm.train_surgery(dyn, ...)',
+        home=_SURGERY,
+        meanings={"blocks": "names of the blocks, where they are not found", **_ADAPTERS},
     ),
 )
 
