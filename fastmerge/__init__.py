@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .ops._strategy import use_strategy
     from .recalibration import recalibrate
     from .report import heat_map
+    from .schedules import anchor_coefficients, lines_coefficients
     from .searching import search
     from .transfer import transfer_coefficients
 
@@ -56,6 +57,7 @@ _HOMES = {
     "recalibration": ("recalibrate",),
     "report": ("heat_map",),
     "searching": ("search",),
+    "schedules": ("anchor_coefficients", "lines_coefficients"),
     "transfer": ("transfer_coefficients",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -71,6 +73,7 @@ __all__ = [
     "MergedWeight",
     "MergedWeightWarning",
     "ShuffledBatches",
+    "anchor_coefficients",
     "attach",
     "build",
     "coverage",
@@ -80,6 +83,7 @@ __all__ = [
     "important_chunks",
     "learn",
     "linearize",
+    "lines_coefficients",
     "load",
     "load_coefficients",
     "materialize",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _INNER_LISTS = ("blocks", "layers")
+_INPUT_PARTS = ("embed", "emb.", "wte", "wpe", "patch", "cls_token")
+_OUTPUT_PARTS = ("embed_out", "output_embed")
 
 
 class Place(NamedTuple):
@@ -47,3 +50,50 @@ def place_of(name: str) -> Place:
         else:
             break
     return Place(".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :]))
+
+
+def block_positions(names: Iterable[str]) -> dict[str, float | None]:
+    """How deep each tensor's block is: 0 for the first of its list, 1 for the last; None outside.
+
+    The blocks of stages ("stages.0.layers.1") count on from stage to stage; other lists, as an
+    encoder's and a decoder's, are counted apart.
+
+    Args:
+        names: the tensors of a model; blocks that none of them is in do not count.
+    """
+    places = {name: place_of(name) for name in names}
+    lists: dict[str, set[tuple[int, ...]]] = {}
+    for place in places.values():
+        if place.number is not None:
+            lists.setdefault(_list_of(place), set()).add(_numbers(place))
+    ordered = {label: sorted(blocks) for label, blocks in lists.items()}
+
+    def position(place: Place) -> float | None:
+        if place.number is None:
+            return None
+        blocks = ordered[_list_of(place)]
+        return relative_position(blocks.index(_numbers(place)), len(blocks))
+
+    return {name: position(place) for name, place in places.items()}
+
+
+def relative_position(layer: int, count: int) -> float:
+    """Where a layer is among `count`: from 0 to 1; 1 for a single one, as in mergekit."""
+    return layer / (count - 1) if count > 1 else 1.0
+
+
+def precedes_blocks(name: str) -> bool:
+    """Whether a tensor outside the blocks comes before them, as embeddings do; norms and heads
+    not."""
+    lower = name.lower()
+    return any(p in lower for p in _INPUT_PARTS) and not any(p in lower for p in _OUTPUT_PARTS)
+
+
+def _list_of(place: Place) -> str:
+    """The list of blocks, with the numbers of stages left open."""
+    return ".".join("#" if part.isdigit() else part for part in place.container.split("."))
+
+
+def _numbers(place: Place) -> tuple[int, ...]:
+    stages = (int(part) for part in place.container.split(".") if part.isdigit())
+    return (*stages, place.number)

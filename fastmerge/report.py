@@ -22,6 +22,7 @@ LABELS = {
     "ties": "TIES",
     "ties_tuned": "TIES, tuned",
     "metagpt": "MetaGPT",
+    "lines": "LiNeS + task arithmetic",
     "adamerging_task": "AdaMerging task-wise",
     "adamerging_layer": "AdaMerging layer-wise",
     "adamerging_pp": "AdaMerging++ layer-wise",

@@ -65,6 +65,7 @@ def _strict_rows(settings: Settings) -> list[Planned]:
         _static("ties", default=True, **ties),
         Planned("ties_tuned", lambda bench: tuned(bench, "ties"), default=True),
         _static("metagpt"),
+        _static("lines"),
         *_learned_rows(settings, "strict"),
         Planned("emr", emr),
         Planned("tall", tall),

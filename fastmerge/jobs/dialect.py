@@ -156,6 +156,18 @@ DIALECTS: dict[str, Dialect] = {
             "scaling": Knob(default=1.0),
         },
     ),
+    "lines": Dialect(
+        "lines",
+        "required",
+        (1, None),
+        {
+            "alpha": Knob(),
+            "beta": Knob(default=0.3),
+            "vectors": Knob("text", "plain"),
+            "density": Knob(default=1.0),
+        },
+    ),
+    "anchor_ramp": Dialect("anchor_ramp", "ignored", (2, None), {"anchor": Knob("whole", 0)}),
     "weighted": Dialect("weighted", "required", (1, None)),
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..blocks import relative_position
+
 _NUMBERED = re.compile(r"^(?P<stack>(?:[^.]*[^.\d][^.]*\.)*?)(?P<index>\d+)\.(?P<rest>.+)$")
 # Where configurations of text, vision, audio and encoder-decoder models keep their layer count.
 COUNT_KEYS = (
@@ -38,11 +40,6 @@ class Stacks:
         return relative_position(found[1], self.sizes[found[0]])
 
 
-def relative_position(layer: int, count: int) -> float:
-    """t of a layer among `count`: from 0 to 1; 1 for a single one, as in mergekit."""
-    return layer / (count - 1) if count > 1 else 1.0
-
-
 def find_stacks(names: Iterable[str], config: Mapping[str, Any]) -> Stacks:
     """The layer stacks among tensor names such as `model.layers.3.mlp.weight` or `h.3.attn.bias`.
 
@@ -65,20 +62,6 @@ def find_stacks(names: Iterable[str], config: Mapping[str, Any]) -> Stacks:
         longest = max(sizes.values())
         chosen = {stack: size for stack, size in sizes.items() if size == longest}
     return Stacks(chosen)
-
-
-_INPUT_PARTS = ("embed", "emb.", "wte", "wpe", "patch", "cls_token")
-_OUTPUT_PARTS = ("embed_out", "output_embed")
-
-
-def precedes_layers(name: str) -> bool:
-    """Whether a tensor outside the layers comes before them, as embeddings do; norms and heads not.
-
-    Used where a recipe stacks layers of different models: what precedes comes from the first
-    slice's models, the rest from the last's.
-    """
-    lower = name.lower()
-    return any(p in lower for p in _INPUT_PARTS) and not any(p in lower for p in _OUTPUT_PARTS)
 
 
 def layer_counts(config: Mapping[str, Any]) -> dict[tuple[str, ...], int]:

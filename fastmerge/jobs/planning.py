@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..blocks import precedes_blocks, relative_position
 from ..checkpoint import Entry
 from ..coefficients import Coefficients, load_coefficients
 from ..methods import Average, Method, Weighted
 from .card import model_card
 from .files import output_files
-from .layers import precedes_layers, relative_position
 from .learned import weighted_method
 from .making import MethodMaker
 from .models import Model, is_floating, open_models
@@ -197,11 +197,11 @@ class _Planner:
         located = self.reference.stacks.locate
         outside = [key for key in self.reference.tensors if located(key) is None]
         self.layer_sources = []
-        before = [key for key in outside if precedes_layers(key)]
+        before = [key for key in outside if precedes_blocks(key)]
         yield from (self._outside(key, slices[0]) for key in before)
         for part in slices:
             yield from self._layers(part, stack)
-        yield from (self._outside(k, slices[-1]) for k in outside if not precedes_layers(k))
+        yield from (self._outside(k, slices[-1]) for k in outside if not precedes_blocks(k))
 
     def _outside(self, key: str, part: Slice) -> _Tensor:
         return _Tensor(key, part, (key,) * len(part.sources), key, 0.0)

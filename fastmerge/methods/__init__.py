@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from ._method import Block, Method, Parameter, Pass, Statistics, run_passes
+from .anchor_ramp import AnchorRamp
 from .arcee_fusion import ArceeFusion
 from .average import Average
 from .breadcrumbs import Breadcrumbs, BreadcrumbsTies
@@ -14,6 +15,7 @@ from .dare import DareLinear, DareTies
 from .della import Della, DellaLinear
 from .karcher import Karcher
 from .linear import Linear
+from .lines import Lines
 from .metagpt import MetaGPT
 from .model_stock import ModelStock
 from .multislerp import MultiSlerp
@@ -35,6 +37,8 @@ METHODS: dict[str, type[Method]] = {
         Linear,
         TaskArithmetic,
         MetaGPT,
+        Lines,
+        AnchorRamp,
         Ties,
         WeightedTies,
         DareLinear,
