@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import forward_pass, ops
 from .adapters import adapter_deltas, selected
 from .checking import check_models, running_statistics, select_names
 from .coefficients import Chunks, Coefficients, Granularity, load_coefficients
@@ -41,6 +41,7 @@ class Attachment:
         originals: {tensor name: the base model's parameter object}.
         statistics: {buffer name: the base model's values} of changed running statistics.
         materialized: whether ordinary parameters have taken the merged weights' places.
+        small: {index: merged weight} of those that a forward pass combines together.
     """
 
     coefficients: Coefficients | RowCoefficients | Mapping[str, RowCoefficients]
@@ -49,6 +50,7 @@ class Attachment:
     originals: dict[str, nn.Parameter]
     statistics: dict[str, Tensor] = field(default_factory=dict)
     materialized: bool = False
+    small: dict[int, MergedWeight] = field(default_factory=dict)
 
     def put(self, name: str, parameter: nn.Parameter | MergedWeight) -> None:
         """Set the tensor in every module that holds it.
@@ -78,9 +80,16 @@ class Attachment:
 
     def add_hooks(self, model: nn.Module) -> None:
         add_hooks(model, *self._hooked(model))
+        if isinstance(self.coefficients, Coefficients):
+            model.register_forward_pre_hook(_begin_pass, prepend=True)
+            model.register_forward_hook(_end_pass, always_call=True)
 
     def remove_hooks(self, model: nn.Module) -> None:
         remove_hooks(model, *self._hooked(model))
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_begin_pass, _end_pass)]:
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
 
     def _hooked(self, model: nn.Module) -> tuple[list[nn.Module], list[str]]:
         """The modules that hold merged weights, and all names the weights have in the model."""
@@ -245,6 +254,9 @@ def attach_deltas(
         record.originals[name] = parameters[name]
         record.weights[name] = MergedWeight(base, deltas, own, own.names.index(name))
         record.put(name, record.weights[name])
+    if isinstance(coefficients, Coefficients):
+        small = [w for w in record.weights.values() if forward_pass.is_small(w)]
+        record.small = {weight.index: weight for weight in small}
     record.add_hooks(model)
     model.__dict__[_RECORD] = record
     return record
@@ -362,6 +374,18 @@ def _write(record: Attachment, matrix: Tensor, outs: Mapping[str, Tensor]) -> No
             targets.append(outs[name] if whole else outs[name][start:stop])
             rows.append(row)
     ops.weighted_sum(bases, formats, matrix[rows], out=targets)
+
+
+def _begin_pass(model: nn.Module, inputs: Any) -> None:
+    record = attachment_of(model)
+    if record is not None and not torch.compiler.is_compiling():
+        forward_pass.begin(record.coefficients, record.small)
+
+
+def _end_pass(model: nn.Module, inputs: Any, output: Any) -> None:
+    record = attachment_of(model)
+    if record is not None and not torch.compiler.is_compiling():
+        forward_pass.end(record.coefficients)
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

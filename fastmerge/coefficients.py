@@ -154,7 +154,15 @@ class Coefficients(nn.Module):
         """Row `index` of the P rows of coefficients: [K], differentiable."""
         group = self.rows[index]
         gram = None if self.gram is None else self.gram[group]
-        values = PARAMETRIZATIONS[self.parametrization].forward(self.raw[group], gram)
+        return self._values(self.raw[group], gram)
+
+    def all_rows(self) -> list[Tensor]:
+        """The P rows of coefficients, each [K], as one differentiable computation."""
+        groups = self._values(self.raw, self.gram).unbind()
+        return [groups[group] for group in self.rows]
+
+    def _values(self, raw: Tensor, gram: Tensor | None) -> Tensor:
+        values = PARAMETRIZATIONS[self.parametrization].forward(raw, gram)
         return values if self.clamp is None else values.clamp(*self.clamp)
 
     def spans(self, index: int, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

@@ -36,7 +36,7 @@ def as_tuple(value: Any) -> tuple:
 def build(value: Any) -> Any:
     """`value` with every MergedWeight in it replaced by a combined copy, or one a sample."""
     if is_merged(value):
-        return merged_samples.of_samples(value) if value.per_sample else value.combined()
+        return merged_samples.of_samples(value) if value.per_sample else value.value()
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(build(v) for v in value)
     if type(value) is dict:

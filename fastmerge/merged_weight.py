@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import ops
+from . import forward_pass, ops
 from .coefficients import Coefficients
 from .deltas import Deltas
 from .merged_functions import HANDLERS, build, implements, is_merged, plain_sum
@@ -163,7 +163,8 @@ class MergedWeight(torch.Tensor):
         if self.detached:
             return self.coefficients.row(row).detach()
         refuse_lost_gradient(self)
-        return self.coefficients.row(row)
+        shared = forward_pass.running(self.coefficients)
+        return (self.coefficients if shared is None else shared).row(row)
 
     def chunks(self) -> list[tuple[int, int, Tensor, Deltas, Tensor]]:
         """(start, stop, base rows, their deltas, coefficients [K]) of each chunk of rows."""
@@ -191,6 +192,17 @@ class MergedWeight(torch.Tensor):
         self.uses[how] += 1
         if rows >= self.uses.largest.get(how, (0,))[0]:
             self.uses.largest[how] = (rows, dtype, transpose)
+
+    def value(self) -> Tensor:
+        """As `combined`, to be read only: a small weight is combined once in a forward pass."""
+        shared = forward_pass.running(self.coefficients)
+        if shared is not None and self.is_parameter and not self.detached:
+            refuse_lost_gradient(self)
+            value = shared.value(self)
+            if value is not None:
+                self.count("built")
+                return value
+        return self.combined()
 
     def combined(self) -> Tensor:
         """A built copy of the whole weight, differentiable with respect to the coefficients.

@@ -97,6 +97,16 @@ CASES = {
             "shape": ([[SHORT], [base()], deltas(), lam(3, (1,)), True], r"outs\[0\] is \[5, 6\]"),
         },
     ),
+    "weighted_sum_backward": Case(
+        lambda: [
+            [[base(), base(BF16)], [*deltas(), *deltas(BF16)], [base(), base()]],
+            [[base(), SHORT], [*deltas(), SHORT, SHORT, SHORT], []],
+        ],
+        lambda: {
+            "dtype": ([[INTEGERS], deltas(), []], r"grads\[0\] must be a floating-point"),
+            "shape": ([[base()], deltas(), [SHORT]], r"bases\[0\] is \[5, 6\]"),
+        },
+    ),
     "coefficient_grad": Case(
         lambda: [[base(), deltas(), None], [base(BF16), deltas(BF16), base(BF16)]],
         lambda: {

@@ -159,13 +159,46 @@ def test_gradient_in_fp32_is_no_worse_than_autograd_s(backend):
     assert_no_worse_than_eager(ours.grad, plain.grad, products.sum((1, 2)), scale=reads.sum((1, 2)))
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "mixed"])
+def test_gradient_of_a_list_is_that_of_its_tensors(backend, alike):
+    kinds = [(DTYPE_PAIRS[0], True), (DTYPE_PAIRS[1], alike), (DTYPE_PAIRS[0], True)]
+    cases = [case(s, d, 3, e) for s, (d, e) in zip([(3, 5), (0,), (7,)], kinds, strict=True)]
+    bases = [base for base, _, _ in cases]
+    formats = [
+        Experts(d) if e else Dense(d) for (_, d, _), (_, e) in zip(cases, kinds, strict=True)
+    ]
+    rows = random((3, 3), torch.float32, seed=9).requires_grad_()
+    together = weighted_sum(bases, formats, rows)
+    single = [weighted_sum(*one) for one in zip(bases, formats, rows, strict=True)]
+    assert [raw(out) for out in together] == [raw(out) for out in single]
+    grads = [random(tuple(b.shape), b.dtype, seed=11).requires_grad_() for b in bases]
+    (found,) = torch.autograd.grad(together, rows, grads, create_graph=True)
+    (expected,) = torch.autograd.grad(single, rows, grads)
+    assert raw(found.detach()) == raw(expected) and expected[2].abs().min() > 0
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        found.sum().backward()
+
+
+def test_a_sum_that_is_not_used_leaves_its_row_without_gradient(backend):
+    base, deltas, _ = case(9, DTYPE_PAIRS[0], 2, True)
+    broken = [torch.full((9,), torch.nan), deltas[1]]
+    rows = torch.ones(2, 2, requires_grad=True)
+    _, used = weighted_sum([base, base], [Experts(broken), Experts(deltas)], rows)
+    used.sum().backward()
+    assert rows.grad[0].tolist() == [0, 0] and rows.grad[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["single", "list"])
 @pytest.mark.parametrize("argument", ["base", "deltas"])
-def test_weights_are_not_differentiable(argument):
+def test_weights_are_not_differentiable(argument, together):
     base, deltas, coefficients = case(5, DTYPE_PAIRS[0], 2, False)
     (base if argument == "base" else deltas[1]).requires_grad_()
     coefficients.requires_grad_()
     with pytest.raises(RuntimeError, match=f"{argument} requires grad"):
-        weighted_sum(base, deltas, coefficients).sum().backward()
+        if together:
+            weighted_sum([base], [deltas], coefficients)
+        else:
+            weighted_sum(base, deltas, coefficients)
 
 
 @pytest.mark.parametrize(

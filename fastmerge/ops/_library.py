@@ -169,6 +169,17 @@ def unpack_deltas(deltas: object) -> tuple[list[Tensor], bool]:
     return list(deltas), False
 
 
+def stored_alike(name: str, formats: Sequence[object]) -> bool | None:
+    """Whether these deltas are all experts (True) or all task vectors (False).
+
+    None if they differ, or if one has its own way to compute the op.
+    """
+    if any(own_operation(form, name) is not None for form in formats):
+        return None
+    kinds = {bool(getattr(form, "experts", False)) for form in formats}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def check_float(op: str, argument: str, tensor: Tensor) -> None:
     check(
         tensor.dtype in FLOAT_DTYPES,

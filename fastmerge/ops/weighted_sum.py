@@ -21,6 +21,8 @@ from ._library import (
     refuse_gradient,
     register,
     register_gradient,
+    register_no_gradient,
+    stored_alike,
     unpack_deltas,
 )
 
@@ -41,7 +43,7 @@ def weighted_sum(
         base: [*], fp32/fp16/bf16/fp64, or a list of L such tensors.
         deltas: K tensors [*] of one dtype (task vectors) or a delta format; for a list of L
             base tensors, a list of L of these.
-        coefficients: [K], or [L, K] for a list. Differentiable for a single tensor without `out`.
+        coefficients: [K], or [L, K] for a list. Differentiable without `out`.
         out: tensor or list to write to; may be `base` itself (in place).
         dtype: dtype of the result, by default base's.
 
@@ -66,6 +68,9 @@ def weighted_sum(
     formats = [deltas] if single else list(deltas)
     if len(formats) != len(bases):
         raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(formats)} deltas")
+    rows = coefficients.expand(len(bases), -1) if coefficients.dim() == 1 else coefficients
+    if out is None and rows.requires_grad and torch.is_grad_enabled():
+        return _differentiable(bases, formats, rows, dtype)
     if out is None:
         outs = [fresh(b, dtype or b.dtype) for b in bases]
     else:
@@ -74,7 +79,6 @@ def weighted_sum(
             raise ValueError(f"weighted_sum: out must have dtype {dtype}")
     if len(outs) != len(bases):
         raise ValueError(f"weighted_sum: {len(bases)} base tensors but {len(outs)} out tensors")
-    rows = coefficients.expand(len(bases), -1) if coefficients.dim() == 1 else coefficients
     unpacked = {}
     for i, (tensor, form) in enumerate(zip(bases, formats, strict=True)):
         own = own_operation(form, "weighted_sum")
@@ -230,3 +234,102 @@ register(
     compiled=_out_compiled,
     fake=_out_fake,
 )
+
+
+def _differentiable(bases, formats, rows, dtype):
+    """The sums of a list of tensors, with the gradient of their rows of coefficients [L, K]."""
+    experts = stored_alike("weighted_sum", formats)
+    if experts is None:
+        lists = zip(bases, formats, rows.unbind(), strict=True)
+        return [weighted_sum(base, form, row, dtype=dtype) for base, form, row in lists]
+    deltas = [tensor for form in formats for tensor in unpack_deltas(form)[0]]
+    return list(_Sums.apply(rows, bases, deltas, experts, dtype))
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, bases, deltas, experts, dtype):
+        refuse_gradient("weighted_sum", "base", bases)
+        refuse_gradient("weighted_sum", "deltas", deltas)
+        ctx.set_materialize_grads(False)  # a sum that nothing uses takes no NaN from its experts
+        ctx.save_for_backward(*bases, *deltas)
+        ctx.rows, ctx.dtype, ctx.experts = rows.shape, rows.dtype, experts
+        outs = [fresh(base, dtype or base.dtype) for base in bases]
+        torch.ops.fastmerge.weighted_sum_out(outs, bases, deltas, rows, experts)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (count, experts), saved = ctx.rows, ctx.saved_tensors
+        bases, deltas = saved[:count], saved[count:]
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        dots = torch.ops.fastmerge.weighted_sum_backward(
+            [grads[i] for i in used],
+            [d for i in used for d in deltas[i * experts : (i + 1) * experts]],
+            [bases[i] for i in used] if ctx.experts else [],
+        ).to(ctx.dtype)
+        if len(used) < count:
+            index = torch.tensor(used, device=dots.device)
+            dots = dots.new_zeros(ctx.rows).index_copy(0, index, dots)
+        return dots, None, None, None, None
+
+
+def _backward_check(grads, deltas, bases):
+    op = "weighted_sum_backward"
+    check(len(grads) > 0, lambda: f"{op}: grads is empty")
+    check(
+        len(deltas) > 0 and len(deltas) % len(grads) == 0 and len(bases) in (0, len(grads)),
+        lambda: f"{op}: {len(deltas)} deltas and {len(bases)} bases for {len(grads)} gradients",
+    )
+    count = len(deltas) // len(grads)
+    rows = [deltas[i * count : (i + 1) * count] for i in range(len(grads))]
+    for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
+        check_deltas(op, grad, row, base_name=f"grads[{i}]")
+    for i, (grad, base) in enumerate(zip(grads, bases, strict=False)):
+        check(
+            base.shape == grad.shape and base.device == grad.device,
+            lambda i=i, grad=grad, base=base: (
+                f"{op}: bases[{i}] is {list(base.shape)} on {base.device}, "
+                f"expected {list(grad.shape)} on {grad.device} as grads[{i}]"
+            ),
+        )
+    return rows
+
+
+def _backward_reference(grads, deltas, bases):
+    """dots[l, k] = <grads[l], tau_lk>, where tau_lk = delta_lk - bases[l] if bases are given."""
+    rows = _backward_check(grads, deltas, bases)
+    dtype = accumulate_dtype(*grads, *deltas, *bases)
+    origins = bases or [None] * len(grads)
+    dots = [
+        torch.ops.fastmerge.coefficient_grad(*one) for one in zip(grads, rows, origins, strict=True)
+    ]
+    return torch.stack([dot.to(dtype) for dot in dots])
+
+
+def _backward_compiled(grads, deltas, bases):
+    kernels = native_kernels("coefficient_grad", *grads, *deltas, *bases)
+    if kernels is None:
+        return _backward_reference(grads, deltas, bases)
+    rows = _backward_check(grads, deltas, bases)
+    dots = kernels.coefficient_grad(
+        [grad.contiguous() for grad in grads],
+        [base.contiguous() for base in bases] or None,
+        [[d.contiguous() for d in row] for row in rows],
+    )
+    return dots.float()
+
+
+def _backward_fake(grads, deltas, bases):
+    rows = _backward_check(grads, deltas, bases)
+    dtype = accumulate_dtype(*grads, *deltas, *bases)
+    return grads[0].new_empty((len(grads), len(rows[0])), dtype=dtype)
+
+
+register(
+    "weighted_sum_backward(Tensor[] grads, Tensor[] deltas, Tensor[] bases) -> Tensor",
+    reference=_backward_reference,
+    compiled=_backward_compiled,
+    fake=_backward_fake,
+)
+register_no_gradient("weighted_sum_backward")
