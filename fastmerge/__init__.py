@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .report import heat_map
     from .schedules import anchor_coefficients, lines_coefficients
     from .searching import search
+    from .self_positioning import self_position
     from .transfer import transfer_coefficients
 
 _HOMES = {
@@ -58,6 +59,7 @@ _HOMES = {
     "report": ("heat_map",),
     "searching": ("search",),
     "schedules": ("anchor_coefficients", "lines_coefficients"),
+    "self_positioning": ("self_position",),
     "transfer": ("transfer_coefficients",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -93,6 +95,7 @@ __all__ = [
     "remerge_",
     "save",
     "search",
+    "self_position",
     "task",
     "train_router",
     "train_surgery",

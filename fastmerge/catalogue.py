@@ -251,6 +251,35 @@ OTHERS: tuple[Entry, ...] = (
         home=_SURGERY,
         meanings={"blocks": "names of the blocks, where they are not found", **_ADAPTERS},
     ),
+    Entry(
+        name="self_positioning",
+        family="learned",
+        summary="a direction between the task vectors and a length, learned with any loss",
+        formula="θ₀ + ρ d(α), d along the arcs between the τₖ; α, ρ = argmin of the loss",
+        source="arXiv 2410.15035",
+        call="fm.self_position(model, experts, batches, objective)",
+        home="self_positioning:self_position",
+        meanings={
+            "objective": "entropy, kl or a callable, for example objectives.info_nce()",
+            "steps": "optimizer steps",
+            "lr": "Adam's learning rate",
+            "granularity": "what has angles and a length of its own",
+        },
+    ),
+    Entry(
+        name="tact",
+        family="corrected",
+        summary="each channel gets the mean and spread of the task's expert; the task is given",
+        formula="γₜ z + βₜ, γₜ = σₜ/σ, βₜ = μₜ − γₜ μ, moments of each layer's channels",
+        source="arXiv 2410.12766",
+        call='fm.build(merged, experts, method="tact", inputs={task: x})',
+        home="modules.tact:Tact.build",
+        meanings={
+            "layers": "modules that are corrected; by default all linear layers and convolutions",
+            "epsilon": "added to standard deviations",
+            "mask": "function of the inputs: the tokens that count",
+        },
+    ),
 )
 
 

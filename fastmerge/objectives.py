@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,6 +71,38 @@ def kl_to_expert(logits: Tensor, batch: Batch) -> Tensor:
         reduction="batchmean",
         log_target=True,
     )
+
+
+def info_nce(temperature: float = 0.05) -> Objective:
+    """Contrastive objective of embedding models: a query's own document among all of the batch.
+
+    mean_i -log(exp(s_ii) / sum_j exp(s_ij)), s_ij = cos(q_i, d_j) / temperature.
+
+    Args:
+        temperature: of the cosines, above 0.
+
+    Returns:
+        An objective of outputs [2 B, C]: B queries, then their B documents in the same order.
+
+    Raises:
+        ValueError: the temperature is not positive; in use, an odd number of rows.
+
+    Source: InfoNCE (arXiv 1807.03748).
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+    def objective(outputs: Tensor, batch: Batch) -> Tensor:
+        if len(outputs) % 2:
+            raise ValueError(
+                f"info_nce: task {batch.task!r} has {len(outputs)} rows, expected queries and as "
+                "many documents"
+            )
+        queries, documents = F.normalize(outputs.float(), dim=-1).chunk(2)
+        scores = queries @ documents.T / temperature
+        return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+
+    return objective
 
 
 OBJECTIVES: dict[str, Objective] = {"entropy": entropy, "kl": kl_to_expert}

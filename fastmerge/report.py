@@ -32,6 +32,7 @@ LABELS = {
     "tall": "TALL masks",
     "twin": "Twin-Merging",
     "wemoe": "WEMoE",
+    "tact": "TACT",
 }
 # What a row shows; methods that are not named here are merges without learning, "static".
 KINDS = {
@@ -46,6 +47,7 @@ KINDS = {
     "tall": "dynamic",
     "twin": "dynamic",
     "wemoe": "dynamic",
+    "tact": "dynamic",
 }
 _TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _PALETTES = {

@@ -11,6 +11,7 @@ import torch
 from .dynamic_rows import emr, tall, twin, wemoe
 from .rows import Bench, Row, individual, learned, pretrained, static, tuned
 from .settings import Settings
+from .tact_row import tact
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def _strict_rows(settings: Settings) -> list[Planned]:
         Planned("tall", tall),
         Planned("twin", twin),
         Planned("wemoe", wemoe),
+        Planned("tact", tact),
     ]
 
 

@@ -22,6 +22,7 @@ METHODS = {
     "emr": ("emr", "Emr"),
     "surgery": ("surgery", "Surgery"),
     "surgery_v2": ("surgery", "SurgeryV2"),
+    "tact": ("tact", "Tact"),
     "tall": ("tall", "Tall"),
     "twin": ("twin", "TwinMerging"),
     "wemoe": ("wemoe", "WEMoE"),
@@ -115,8 +116,9 @@ def build(
         experts: K fine-tuned models, as a list or {task: expert}: modules, state dicts, or paths
             of checkpoint folders, safetensors files or LoRA adapters.
         method: "emr" (masks of one unified task vector), "tall" (masks of the merged one), "twin"
-            (low-rank parts and a router), "wemoe" (MLPs mixed by routers), or "surgery" and
-            "surgery_v2" (adapters on representations), for which `model` is a merged model.
+            (low-rank parts and a router), "wemoe" (MLPs mixed by routers), or "surgery",
+            "surgery_v2" (adapters on representations) and "tact" (affines of activations), for
+            which `model` is a merged model.
         options: the method's own, see `fastmerge.modules`.
 
     Returns:
