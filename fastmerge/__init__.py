@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .deltas import Dense, Experts, LowRank, Masked
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .linearized.adapters import linearize
+    from .linearized.tangent import LinearizedModule
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
@@ -47,6 +48,7 @@ _HOMES = {
     "deltas": ("Dense", "Experts", "LowRank", "Masked"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "linearized.adapters": ("linearize",),
+    "linearized.tangent": ("LinearizedModule",),
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
@@ -70,6 +72,7 @@ __all__ = [
     "Dense",
     "Experts",
     "History",
+    "LinearizedModule",
     "LowRank",
     "Masked",
     "MergedWeight",

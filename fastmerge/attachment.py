@@ -264,14 +264,19 @@ def attach_deltas(
 
 def check_unattached(model: nn.Module) -> None:
     """Raise ValueError if the model, or a part of it, has merged weights or linearised adapters."""
-    if model.__dict__.get(_RECORD) is not None:
-        raise ValueError("the model has merged weights already: call fastmerge.detach first")
+    check_ordinary(model)
     for name, module in model.named_modules():
         if isinstance(module, LinearizedLora):
             raise ValueError(
                 f"{name!r} is a linearised adapter, which would be added to merged weights: call "
                 "remove() on what fastmerge.linearize returned first"
             )
+
+
+def check_ordinary(model: nn.Module) -> None:
+    """Raise ValueError if the model, or a part of it, has merged weights."""
+    if model.__dict__.get(_RECORD) is not None:
+        raise ValueError("the model has merged weights already: call fastmerge.detach first")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, MergedWeight):
             raise ValueError(

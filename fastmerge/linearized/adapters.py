@@ -94,8 +94,11 @@ class Linearized:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the parameters, all 0 at the start: the task vector of L-LoRA's paper."""
+        return {name: parameter.detach().clone() for name, parameter in self._named().items()}
+
+    def _named(self) -> dict[str, nn.Parameter]:
         return {
-            f"{name}.{kind}": parameter.detach().clone()
+            f"{name}.{kind}": parameter
             for name, layer in self.layers.items()
             for kind, parameter in layer.parameters().items()
         }
@@ -107,19 +110,8 @@ class Linearized:
         Raises:
             ValueError: names or shapes differ; nothing is changed then.
         """
-        own = {
-            f"{name}.{kind}": parameter
-            for name, layer in self.layers.items()
-            for kind, parameter in layer.parameters().items()
-        }
-        for name in sorted(own.keys() ^ state.keys()):
-            raise ValueError(f"state {'misses' if name in own else 'has the unknown'} {name!r}")
-        for name, parameter in own.items():
-            if state[name].shape != parameter.shape:
-                raise ValueError(
-                    f"state: {name!r} is {list(state[name].shape)}, expected "
-                    f"{list(parameter.shape)}"
-                )
+        own = self._named()
+        check_state(own, state)
         for name, parameter in own.items():
             parameter.copy_(state[name])
 
@@ -188,6 +180,16 @@ class Linearized:
             if id(parameter) in self._trained:
                 parameter.requires_grad_(True)
         return self.model
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first difference, unless both have the same tensors."""
+    for name in sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"state {'misses' if name in own else 'has the unknown'} {name!r}")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape:
+            found, expected = list(state[name].shape), list(tensor.shape)
+            raise ValueError(f"state: {name!r} is {found}, expected {expected}")
 
 
 def linearize(
