@@ -68,6 +68,8 @@ def _runs_on(name: str, compiled: bool) -> str:
 _TRITON = (
     "lowrank_linear",
     "lowrank_linear_backward",
+    "masked_linear",
+    "masked_linear_backward",
     "merged_linear",
     "merged_linear_backward",
     "softmax_entropy",

@@ -17,6 +17,8 @@ from .launching import device_limits, is_aligned, refusal
 _HOMES = {
     "coefficient_grad": ("linear_coefficient_grad",),
     "lowrank_linear": ("lowrank_linear_forward",),
+    "masked_coefficient_grad": ("linear_masked_coefficient_grad",),
+    "masked_linear": ("masked_linear_backward", "masked_linear_forward"),
     "merged_linear": ("merged_linear_backward_x", "merged_linear_forward"),
     "row_linear": ("row_linear_backward", "row_linear_forward"),
     "softmax_entropy": ("softmax_entropy_backward", "softmax_entropy_forward"),
@@ -59,9 +61,9 @@ def _shared_memory_refusal(
     capability, limit = device_limits(x.device)
     aligned = is_aligned(*(t for t in (x, base) if t is not None), *deltas)
     try:
-        if function == "linear_coefficient_grad":
+        if function in ("linear_coefficient_grad", "linear_masked_coefficient_grad"):
             module.configurations(*delta.shape, x.dtype, delta.dtype, aligned, limit)
-        elif function.startswith("row_linear"):
+        elif function.startswith(("row_linear", "masked_linear")):
             module.configurations(rows, x.dtype, base_dtype, delta.dtype, aligned, limit)
         else:
             dtypes = x.dtype, base_dtype, delta.dtype

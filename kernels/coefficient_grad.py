@@ -33,6 +33,44 @@ from .tiles import nth_pointer, task_vector_tile
 
 
 @triton.jit
+def gradient_tile(
+    left_ptr,
+    right_ptr,
+    first,
+    last,
+    share,
+    o,
+    i,
+    outer,
+    inner,
+    stride_lr,
+    stride_lo,
+    stride_rr,
+    stride_ri,
+    PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """left^T right [O, I] over the rows from `first` to `last`, at most `share`."""
+    r = first + tl.arange(0, BLOCK_R)
+    left_offsets = r[None, :] * stride_lr + o[:, None] * stride_lo  # [O, R]
+    right_offsets = r[:, None] * stride_rr + i[None, :] * stride_ri  # [R, I]
+    step = tl.full([], BLOCK_R, tl.int64)
+    grad = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+    for _ in range(tl.cdiv(share, BLOCK_R)):
+        left_mask = (o[:, None] < outer) & (r[None, :] < last)
+        right_mask = (r[:, None] < last) & (i[None, :] < inner)
+        left = tl.load(left_ptr + left_offsets, mask=left_mask, other=0.0)
+        right = tl.load(right_ptr + right_offsets, mask=right_mask, other=0.0)
+        grad = tl.dot(left, right, grad, input_precision=PRECISION)
+        r += step
+        left_offsets += step * stride_lr
+        right_offsets += step * stride_rr
+    return grad
+
+
+@triton.jit
 def _coefficient_grad_kernel(
     left_ptr,
     right_ptr,
@@ -63,20 +101,25 @@ def _coefficient_grad_kernel(
     i = (tile % inner_tiles).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     first = split.to(tl.int64) * share
     last = tl.minimum(first + share, rows)
-    r = first + tl.arange(0, BLOCK_R)
-    left_offsets = r[None, :] * stride_lr + o[:, None] * stride_lo  # [O, R]
-    right_offsets = r[:, None] * stride_rr + i[None, :] * stride_ri  # [R, I]
-    step = tl.full([], BLOCK_R, tl.int64)
-    grad = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
-    for _ in range(tl.cdiv(share, BLOCK_R)):
-        left_mask = (o[:, None] < outer) & (r[None, :] < last)
-        right_mask = (r[:, None] < last) & (i[None, :] < inner)
-        left = tl.load(left_ptr + left_offsets, mask=left_mask, other=0.0)
-        right = tl.load(right_ptr + right_offsets, mask=right_mask, other=0.0)
-        grad = tl.dot(left, right, grad, input_precision=PRECISION)
-        r += step
-        left_offsets += step * stride_lr
-        right_offsets += step * stride_rr
+    grad = gradient_tile(
+        left_ptr,
+        right_ptr,
+        first,
+        last,
+        share,
+        o,
+        i,
+        outer,
+        inner,
+        stride_lr,
+        stride_lo,
+        stride_rr,
+        stride_ri,
+        PRECISION,
+        BLOCK_O,
+        BLOCK_I,
+        BLOCK_R,
+    )
     offsets = o[:, None] * stride_wo + i[None, :] * stride_wi
     mask = (o[:, None] < outer) & (i[None, :] < inner)
     base = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)

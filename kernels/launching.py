@@ -118,6 +118,15 @@ def check_deltas(op: str, deltas: Sequence[Tensor], expected: Sequence[int]) -> 
         check_shape(op, f"deltas[{k}]", delta, expected)
 
 
+def check_masks(op: str, masks: Tensor, expected: Sequence[int], device: torch.device) -> None:
+    """Raise RuntimeError if packed masks do not have the expected shape, dtype and device."""
+    check_shape(op, "masks", masks, expected)
+    if masks.dtype != torch.uint8 or masks.device != device:
+        raise RuntimeError(
+            f"{op}: masks is {masks.dtype} on {masks.device}, expected torch.uint8 on {device}"
+        )
+
+
 def device_limits(device: torch.device) -> tuple[int, int]:
     """(major compute capability, bytes of shared memory a block may use) of the device."""
     if device.type != "cuda":

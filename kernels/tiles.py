@@ -67,3 +67,14 @@ def ordered_sum(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         if (COLUMNS >> step) > 1:
             values = tl.sum(tl.reshape(values, [ROWS, COLUMNS >> (step + 1), 2]), axis=2)
     return tl.reshape(values, [ROWS])
+
+
+@triton.jit
+def expanded_bits(packed, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, PACKED_INNER: tl.constexpr):
+    """Which entries of a tile [O, I] are set in bytes [O, I / 8] or [O / 8, I], low bits first."""
+    bit = tl.arange(0, 8)
+    if PACKED_INNER:
+        bits = packed.to(tl.int32)[:, :, None] >> bit[None, None, :]
+    else:
+        bits = packed.to(tl.int32)[:, None, :] >> bit[None, :, None]
+    return tl.reshape(bits & 1, [BLOCK_O, BLOCK_I]) != 0

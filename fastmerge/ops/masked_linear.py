@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import native_kernels
+from ..backends import forced_backend, native_kernels, triton_kernels
 from ._groups import check_row_coefficients, group_rows
 from ._library import (
     accumulate_dtype,
@@ -21,6 +24,7 @@ from ._library import (
     register_no_gradient,
 )
 from ._masked_panels import COMBINE_ROWS, MaskedPanels, panel_linear
+from ._triton_linear import allow_tf32
 from .masked_weighted_sum import check_masked, native_masks, task_vectors
 
 
@@ -112,8 +116,36 @@ def _reference(x, base, unified, masks, coefficients, bias, transpose):
     return y.to(x.dtype)
 
 
-def _native(x, base, unified, masks, coefficients):
-    return native_kernels("masked_combine", x, base, unified, coefficients)
+def _kernels(
+    x: Tensor, base: Tensor, unified: Tensor, coefficients: Tensor
+) -> tuple[ModuleType | None, ModuleType | None]:
+    """The compiled kernels, or else the Triton kernels, that should run; None: others should.
+
+    Panels are for coefficients of all rows, and on a CPU for row coefficients too, whose groups
+    the host has to know.
+    """
+    native = None
+    if forced_backend() != "triton" and (coefficients.dim() == 1 or not x.is_cuda):
+        native = native_kernels("masked_combine", x, base, unified, coefficients)
+    if native is not None:
+        return native, None
+    tensors = {"x": as_rows(x), "base": base, "coefficients": coefficients}
+    return None, triton_kernels("masked_linear_forward", tensors, [unified])
+
+
+def _of_samples(coefficients: Tensor, lead: Sequence[int]) -> Tensor:
+    """Coefficients [S, K] of samples with as many of the rows [*lead] each, one after the other.
+
+    S is 1 for coefficients [K], B for [B, 1, K] and rows [B, T], and else the number of rows.
+    """
+    count = coefficients.shape[-1]
+    own = [1] * (len(lead) + 1 - coefficients.dim()) + list(coefficients.shape[:-1])
+    leading = 0
+    while leading < len(own) and own[leading] == lead[leading]:
+        leading += 1
+    if any(size != 1 for size in own[leading:]):
+        coefficients = coefficients.expand(*lead, count)
+    return as_rows(coefficients)
 
 
 def _every_row(coefficients: Tensor, lead: torch.Size) -> Tensor:
@@ -123,11 +155,17 @@ def _every_row(coefficients: Tensor, lead: torch.Size) -> Tensor:
 
 def _compiled(x, base, unified, masks, coefficients, bias, transpose):
     _check(x, base, unified, masks, coefficients, bias, transpose)
-    kernels = _native(x, base, unified, masks, coefficients)
-    if kernels is None:
+    kernels, triton = _kernels(x, base, unified, coefficients)
+    if kernels is None and triton is None:
         return _reference(x, base, unified, masks, coefficients, bias, transpose)
-    rows, weights = as_rows(x), (base.contiguous(), unified.contiguous(), native_masks(masks))
-    bias = None if bias is None else bias.to(x.dtype)
+    rows, bias = as_rows(x), None if bias is None else bias.to(x.dtype)
+    if triton is not None:
+        lam = _of_samples(coefficients, x.shape[:-1])
+        y = triton.masked_linear_forward(
+            rows, base, unified, masks, lam, bias, transpose, allow_tf32()
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+    weights = base.contiguous(), unified.contiguous(), native_masks(masks)
     if coefficients.dim() == 1:
         y = panel_linear(kernels, *weights, coefficients, transpose, x.dtype).forward(rows, bias)
     else:
@@ -231,15 +269,19 @@ def _backward_compiled(
     grad, x, base, unified, masks, coefficients, transpose, need_x, need_coefficients
 ):
     _backward_check(grad, x, base, unified, masks, coefficients, transpose)
-    kernels = _native(x, base, unified, masks, coefficients)
-    if kernels is None:
+    kernels, triton = _kernels(x, base, unified, coefficients)
+    if kernels is None and triton is None:
         return _backward_reference(
             grad, x, base, unified, masks, coefficients, transpose, need_x, need_coefficients
         )
     dy, rows, lead = as_rows(grad), as_rows(x), x.shape[:-1]
-    weights = base.contiguous(), unified.contiguous(), native_masks(masks)
     dx = dlam = None
-    if coefficients.dim() == 1:
+    weights = base.contiguous(), unified.contiguous(), native_masks(masks)
+    if triton is not None:
+        dx, dlam = _triton_backward(
+            triton, dy, rows, weights, coefficients, lead, transpose, need_x, need_coefficients
+        )
+    elif coefficients.dim() == 1:
         panels = panel_linear(kernels, *weights, coefficients, transpose, x.dtype)
         dx, dlam = panels.backward(dy, rows, need_x, need_coefficients)
     elif need_coefficients:
@@ -253,6 +295,22 @@ def _backward_compiled(
         dx.view(x.shape) if need_x else x.new_empty(0),
         dlam.float() if need_coefficients else x.new_empty(0, dtype=torch.float32),
     )
+
+
+def _triton_backward(
+    kernels, dy, x, weights, coefficients, lead, transpose, need_x, need_coefficients
+):
+    """dX [R, I] and dlambda in the coefficients' shape, each None if not needed."""
+    dy, dx, dlam = dy.to(x.dtype), None, None
+    lam, options = _of_samples(coefficients, lead), (transpose, allow_tf32())
+    if need_coefficients and coefficients.dim() > 1:
+        dx, dots = kernels.masked_linear_backward(dy, x, *weights, lam, *options)
+        return dx, dots.view(*lead, dots.shape[-1]).sum_to_size(coefficients.shape)
+    if need_x:
+        dx = kernels.masked_linear_forward(dy, *weights, lam, None, not transpose, allow_tf32())
+    if need_coefficients:
+        dlam = kernels.linear_masked_coefficient_grad(dy, x, *weights[1:], *options)
+    return dx, dlam
 
 
 def _backward_fake(

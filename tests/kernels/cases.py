@@ -13,6 +13,7 @@ import torch
 from fastmerge.kernels import (
     coefficient_grad,
     lowrank_linear,
+    masked_linear,
     merged_linear,
     partial_sums,
     row_linear,
@@ -34,9 +35,10 @@ DEFAULTS = {
     "layout": "aligned",
 }
 # "odd": no size or stride is a multiple of 16; "odd outer": the number of outputs alone is not;
-# "offset": every address is off by an element.
+# "offset": every address is off by an element; "odd bytes": rows of packed masks begin anywhere.
 LAYOUTS = ("aligned", "odd outer", "odd", "offset")
-SAMPLE, SEED = 70, 3
+SAMPLE, MASKED_SAMPLE, SEED = 70, 12, 3
+MASKED_FORMS = ("forward", "backward_x", "backward")
 NO_CONFIG = Config(0, 0, 0, 0, 0)
 
 
@@ -64,7 +66,7 @@ class Case:
 
     @property
     def inputs(self) -> list[str]:
-        if self.kernel in ("partial_sums", "softmax_entropy"):
+        if self.kernel in ("partial_sums", "softmax_entropy", "task_order"):
             return [self["x"]]
         dtypes = self["x"] if self["x"] == self["weights"] else f"{self['x']}/{self['weights']}"
         dtypes += " tf32" if self["precision"] == "tf32" else ""
@@ -76,7 +78,8 @@ class Case:
     @property
     def aligned(self) -> bool:
         """Whether the launchers take it as such: outputs apart in memory need no 16-byte copies."""
-        layouts = ("aligned", "odd outer") if self.form == "forward" else ("aligned",)
+        layouts = ("aligned", "odd bytes")
+        layouts += ("odd outer",) if self.form == "forward" else ()
         return self["layout"] in layouts
 
     @property
@@ -89,13 +92,15 @@ class Case:
 def _configurations(case: Case, rows: int) -> list[Config]:
     """What the launcher chooses from; `rows` is a weight's shorter side for coefficient_grad."""
     limit = SHARED_MEMORY[case.target]
-    if case.kernel == "coefficient_grad":
+    if case.kernel in ("coefficient_grad", "masked_coefficient_grad"):
         x, _, delta = case.dtypes
         return coefficient_grad.configurations(rows, 1024, x, delta, case.aligned, limit)
     if case.kernel == "lowrank_linear":
         x, base, factor = case.dtypes
         weights = (base, factor, factor)
         return lowrank_linear.configurations(rows, x, weights, case.aligned, limit)
+    if case.kernel == "masked_linear":
+        return masked_linear.configurations(rows, *case.dtypes, case.aligned, limit)
     if case.kernel == "row_linear":
         return row_linear.configurations(rows, *case.dtypes, case.aligned, limit)
     arguments = rows, *case.dtypes, case["count"], case.aligned, case.target // 10, limit
@@ -147,6 +152,20 @@ def _coefficient_grad_cases(target: int) -> Iterator[Case]:
     yield from of(1024, layout="odd")
 
 
+def _masked_coefficient_grad_cases(target: int) -> Iterator[Case]:
+    def of(rows: int, **options: Any) -> Iterator[Case]:
+        return _of("masked_coefficient_grad", "gradient", target, rows, **options)
+
+    yield from of(1024)
+    yield from of(64)
+    yield from of(1024, weights="fp32")
+    yield from of(1024, x="fp32", weights="fp32")
+    yield from of(1024, x="fp32", weights="fp32", precision="tf32")
+    yield from of(1024, x="fp32")
+    yield from of(1024, layout="odd")
+    yield from of(1024, layout="odd bytes")
+
+
 def _row_linear_cases(target: int) -> Iterator[Case]:
     def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
         return _of("row_linear", form, target, rows, **options)
@@ -177,6 +196,22 @@ def _lowrank_linear_cases(target: int) -> Iterator[Case]:
     yield from of("output", 64, x="fp32", weights="fp32", precision="tf32")
 
 
+def _masked_linear_cases(target: int) -> Iterator[Case]:
+    def of(form: str, rows: int, **options: Any) -> Iterator[Case]:
+        return _of("masked_linear", form, target, rows, **options)
+
+    for form in MASKED_FORMS:
+        for rows in (16, 64, 1024):
+            yield from of(form, rows)
+        yield from of(form, 64, x="fp32", weights="fp32")
+        yield from of(form, 64, layout="odd")
+        yield from of(form, 1024, layout="odd bytes")
+    yield from of("backward", 32, count=32)
+    yield from of("forward", 1024, weights="fp32")
+    yield from of("backward", 1024, base="fp32", x="fp16", weights="fp16")
+    yield from of("forward", 64, x="fp32", weights="fp32", precision="tf32")
+
+
 def combinations() -> list[Case]:
     """Kernel, target, layout, dtypes, number of experts and every configuration for them."""
     every: dict[str, Case] = {}
@@ -189,6 +224,7 @@ def combinations() -> list[Case]:
         {"x": "fp32", "weights": "fp32"},
         {"x": "fp32", "weights": "fp32", "precision": "tf32"},
     ]
+    masked = [("masked_linear", form, (16, 64, 1024)) for form in MASKED_FORMS]
     shapes = [("merged_linear", form, (16, 32, 64, 128)) for form in ("forward", "backward_x")]
     shapes += [("row_linear", form, (16, 32, 64, 1024)) for form in ("forward", "backward")]
     shapes += [("coefficient_grad", "gradient", (64, 1024))]
@@ -199,15 +235,26 @@ def combinations() -> list[Case]:
         for config in (config for rows in sizes for config in _configurations(case, rows)):
             found = replace(case, config=config)
             every[found.name] = found
+    for axes in itertools.product(masked, (80, 90), (*LAYOUTS, "odd bytes"), inputs):
+        (kernel, form, sizes), target, layout, dtypes = axes
+        case = Case(kernel, form, target, NO_CONFIG, tuple({"layout": layout, **dtypes}.items()))
+        for config in (config for rows in sizes for config in _configurations(case, rows)):
+            found = replace(case, config=config)
+            every[found.name] = found
     return list(every.values())
 
 
 def sample() -> list[Case]:
     """Some of the combinations, always the same."""
-    return random.Random(SEED).sample(combinations(), SAMPLE)
+    masked = [case for case in combinations() if case.kernel == "masked_linear"]
+    others = [case for case in combinations() if case.kernel != "masked_linear"]
+    draw = random.Random(SEED)
+    return draw.sample(others, SAMPLE) + draw.sample(masked, MASKED_SAMPLE)
 
 
 def _streaming_cases(target: int) -> Iterator[Case]:
+    order = Config(masked_linear.SORTED_SAMPLES, 1, 1, masked_linear.ORDER_WARPS, 2)
+    yield Case("task_order", "order", target, order, (("x", "fp32"),))
     for form in ("forward", "backward"):
         for config in softmax_entropy.configurations(4096):
             yield Case("softmax_entropy", form, target, config)
@@ -229,8 +276,10 @@ def cases() -> list[Case]:
         generators = (
             _merged_linear_cases,
             _coefficient_grad_cases,
+            _masked_coefficient_grad_cases,
             _row_linear_cases,
             _lowrank_linear_cases,
+            _masked_linear_cases,
             _streaming_cases,
         )
         for case in (case for generate in generators for case in generate(target)):

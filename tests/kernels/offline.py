@@ -24,6 +24,8 @@ from triton.compiler import ASTSource
 from fastmerge.kernels import (
     coefficient_grad,
     lowrank_linear,
+    masked_coefficient_grad,
+    masked_linear,
     merged_linear,
     partial_sums,
     row_linear,
@@ -63,7 +65,10 @@ class Launch:
             self.aligned = self.aligned - {"outer", "stride_or"}
         elif layout == "offset":
             self.unaligned = {"x_ptr", "left_ptr", "right_ptr", "other_ptr"}
-            self.unaligned |= {"base_ptr", "delta_ptrs"}
+            self.unaligned |= {"base_ptr", "delta_ptrs", "unified_ptr", "masks_ptr"}
+        elif layout == "odd bytes":
+            self.aligned = self.aligned - {"stride_mk", "stride_mo", "stride_mi"}
+            self.unaligned = {"masks_ptr"}
         return self
 
 
@@ -112,6 +117,30 @@ def _coefficient_grad(case: Case) -> Launch:
             "stride_wi": 1,
             "COUNT": case["count"],
             "EXPERTS": case["experts"],
+            "PRECISION": case["precision"],
+            "BLOCK_O": case.config.out,
+            "BLOCK_I": case.config.rows,
+            "BLOCK_R": case.config.inner,
+        },
+    )
+
+
+def _masked_coefficient_grad(case: Case) -> Launch:
+    return Launch(
+        masked_coefficient_grad._masked_coefficient_grad_kernel,
+        {
+            "left_ptr": case["x"],
+            "right_ptr": case["x"],
+            "unified_ptr": case["weights"],
+            "masks_ptr": "u8",
+            "partials_ptr": "fp32",
+        },
+        {"outer", "inner", "share", "stride_lr", "stride_rr", "stride_wo"}
+        | {"stride_mk", "stride_mo"},
+        {
+            "stride_lo": 1,
+            "stride_ri": 1,
+            "COUNT": case["count"],
             "PRECISION": case["precision"],
             "BLOCK_O": case.config.out,
             "BLOCK_I": case.config.rows,
@@ -199,6 +228,51 @@ def _lowrank_linear(case: Case) -> Launch:
     )
 
 
+def _masked_linear(case: Case) -> Launch:
+    forward, dots = case.form == "forward", case.form == "backward"
+    contiguous = ("stride_wi", "stride_mi") if forward else ("stride_wo", "stride_mo")
+    return Launch(
+        masked_linear._masked_linear_kernel,
+        {
+            "x_ptr": case["x"],
+            "base_ptr": case["base"] or case["weights"],
+            "unified_ptr": case["weights"],
+            "masks_ptr": "u8",
+            "coefficients_ptr": "fp32",
+            "order_ptr": "i32",
+            "bias_ptr": case["x"] if forward else None,
+            "other_ptr": case["x"] if dots else None,
+            "y_ptr": case["x"],
+            "dots_ptr": "fp32" if dots else None,
+        },
+        {"inner", "outer", "stride_xr", "stride_wo", "stride_wi", "stride_or"}
+        | {"stride_mk", "stride_mo", "stride_mi"},
+        {
+            "stride_xi": 1,
+            "stride_lk": 1,
+            "stride_oo": 1,
+            **dict.fromkeys(contiguous, 1),
+            "COUNT": case["count"],
+            "PACKED_INNER": forward,
+            "HAS_BIAS": forward,
+            "HAS_DOTS": dots,
+            "PRECISION": case["precision"],
+            "BLOCK_O": case.config.out,
+            "BLOCK_R": case.config.rows,
+            "BLOCK_I": case.config.inner,
+        },
+    )
+
+
+def _task_order(case: Case) -> Launch:
+    return Launch(
+        masked_linear._order_kernel,
+        {"coefficients_ptr": "fp32", "order_ptr": "i32"},
+        set(),
+        {"stride_lk": 1, "COUNT": 8, "BLOCK": case.config.out},
+    )
+
+
 def _softmax_entropy(case: Case) -> Launch:
     pointers = {"logits_ptr": case["x"], "entropy_ptr": "fp32", "normalizer_ptr": "fp32"}
     function = softmax_entropy._softmax_entropy_kernel
@@ -223,8 +297,11 @@ def _partial_sums(case: Case) -> Launch:
 LAUNCHES = {
     "merged_linear": _merged_linear,
     "coefficient_grad": _coefficient_grad,
+    "masked_coefficient_grad": _masked_coefficient_grad,
     "row_linear": _row_linear,
     "lowrank_linear": _lowrank_linear,
+    "masked_linear": _masked_linear,
+    "task_order": _task_order,
     "softmax_entropy": _softmax_entropy,
     "partial_sums": _partial_sums,
 }

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastmerge import kernels
 from fastmerge.kernels import launching
+from fastmerge.ops._bits import pack_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,6 +24,7 @@ def calls() -> dict[str, tuple]:
     base, *deltas = (random(512, 1024) for _ in range(9))
     x, dy, bias = random(700, 1024), random(700, 512), random(512)
     lam, rows_lam = random(8, dtype=torch.float32), random(700, 8, dtype=torch.float32)
+    masks = pack_rows(random(8, 512, 1024) > 0)
     few = x[:3], base, deltas, lam, bias, True, False
     return {
         "forward": ("merged_linear_forward", (x, *few[1:])),
@@ -30,11 +32,12 @@ def calls() -> dict[str, tuple]:
         "dx": ("merged_linear_backward_x", (dy, base, deltas, lam, True, False)),
         "grad": ("linear_coefficient_grad", (dy, x, base, deltas, False)),
         "rows": ("row_linear_backward", (dy, x, base, deltas, rows_lam, True, False)),
+        "masks": ("masked_linear_backward", (dy, x, base, deltas[0], masks, rows_lam, False)),
         "entropy": ("softmax_entropy_forward", (x,)),
     }
 
 
-@pytest.mark.parametrize("name", ["forward", "few rows", "dx", "grad", "rows", "entropy"])
+@pytest.mark.parametrize("name", ["forward", "few rows", "dx", "grad", "rows", "masks", "entropy"])
 def test_same_bytes(name, monkeypatch):
     launcher, arguments = calls()[name]
     chosen: list[int] = []

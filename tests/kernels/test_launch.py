@@ -16,8 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
-from fastmerge import kernels
+from fastmerge import _native, kernels, ops, use_backend
 from fastmerge.kernels import launching
+from fastmerge.ops._bits import pack_rows
 
 from . import cases, offline
 
@@ -100,6 +101,52 @@ def test_row_linear(compiled, sizes):
     dx, grad = kernels.row_linear_backward(dy, x, base, deltas, lam, True, False)
     assert dx.shape == x.shape and grad.shape == lam.shape
     check(compiled, 3)
+
+
+@pytest.mark.parametrize("sizes", [(640, 256, 128), (33, 127, 65)], ids=["aligned", "odd"])
+def test_masked_linear(compiled, sizes):
+    rows, inner, outer = sizes
+    base, unified = torch.randn(2, outer, inner, dtype=torch.bfloat16)
+    x, dy = torch.randn(rows, inner).bfloat16(), torch.randn(rows, outer).bfloat16()
+    lam, masks = torch.eye(3)[torch.arange(rows) % 3], pack_rows(torch.rand(3, outer, inner) < 0.5)
+    y = kernels.masked_linear_forward(x, base, unified, masks, lam, None, False)
+    dx, grad = kernels.masked_linear_backward(dy, x, base, unified, masks, lam, False)
+    assert y.shape == dy.shape and dx.shape == x.shape and grad.shape == lam.shape
+    kernels.linear_masked_coefficient_grad(dy, x, unified, masks, False)
+    check(compiled, 7)
+
+
+READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.mark.parametrize("name", ["merged", "masked", "lowrank"])
+def test_rows_of_their_own_wait_for_nothing(compiled, monkeypatch, name):
+    """The host never reads what is on the device: neither coefficients nor what follows from
+    them."""
+    base, *deltas = torch.randn(4, 48, 32)
+    x, lam = torch.randn(6, 5, 32, requires_grad=True), torch.randn(6, 1, 3, requires_grad=True)
+    masks = pack_rows(torch.rand(3, 48, 32) < 0.5)
+    down, up = torch.randn(6, 32), torch.randn(48, 6)
+    layers = {
+        "merged": lambda: ops.merged_linear(x, base, deltas, lam),
+        "masked": lambda: ops.masked_linear(x, base, deltas[0], masks, lam),
+        "lowrank": lambda: ops.lowrank_linear(x, base, down, up, [1, 2, 3], lam),
+    }
+
+    def read(*arguments):
+        raise AssertionError("the host reads a tensor")
+
+    with monkeypatch.context() as patch:
+        for method in READS:
+            patch.setattr(torch.Tensor, method, read)
+        with use_backend("triton"):
+            layers[name]().backward(torch.randn(6, 5, 48))
+        count = len(compiled)
+        if _native.available():  # on a CPU, whose values are there
+            with use_backend("native"), pytest.raises(AssertionError, match="the host reads"):
+                layers[name]()
+    assert x.grad.shape == x.shape and lam.grad.shape == lam.shape
+    assert len(compiled) == count > 0
 
 
 def test_softmax_entropy(compiled):

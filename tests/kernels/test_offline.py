@@ -15,6 +15,7 @@ from fastmerge.kernels import (
     coefficient_grad,
     launching,
     lowrank_linear,
+    masked_linear,
     merged_linear,
     row_linear,
     softmax_entropy,
@@ -32,7 +33,7 @@ CASES = {case.name: case for case in [*cases.cases(), *cases.sample()]}
 MATRIX = [
     name
     for name, case in CASES.items()
-    if case.kernel in ("merged_linear", "coefficient_grad", "row_linear", "lowrank_linear")
+    if case.kernel.endswith(("_linear", "coefficient_grad"))
     and not (case["x"] == "fp32" and case["precision"] == "ieee")
 ]
 
@@ -91,7 +92,7 @@ def test_sums_do_not_depend_on_the_number_of_warps(resources, name):
 
 
 def test_a_wide_sum_is_seen(found):
-    names = [name for name, case in CASES.items() if case.kernel == "coefficient_grad"]
+    names = [name for name, case in CASES.items() if case.kernel.endswith("coefficient_grad")]
     assert all(found[name]["widest_sum"] > 2 for name in names)
 
 
@@ -100,10 +101,12 @@ def needed(case: cases.Case) -> int | None:
     if case.kernel == "merged_linear":
         in_flight = merged_linear.expert_group(case["count"], case.aligned)
         return merged_linear.needed_shared_memory(case.config, x, base, delta * in_flight)
-    if case.kernel == "coefficient_grad":
+    if case.kernel.endswith("coefficient_grad"):
         return coefficient_grad.needed_shared_memory(case.config, x)
     if case.kernel == "lowrank_linear":
         return lowrank_linear.needed_shared_memory(case.config, x, max(base, delta))
+    if case.kernel == "masked_linear":
+        return masked_linear.needed_shared_memory(case.config, x, base + delta)
     if case.kernel == "row_linear":
         return row_linear.needed_shared_memory(case.config, x, base + delta)
     return None
@@ -143,8 +146,9 @@ def test_configurations_never_change_the_order_of_a_sum(capability, limit):
                     configs = lowrank_linear.configurations(rows, dtype, weights, aligned, limit)
                     assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
                     assert lowrank_linear.COLUMNS % configs[0].inner == 0
-                    configs = row_linear.configurations(rows, *dtypes, aligned, limit)
-                    assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
+                    for kernel in (row_linear, masked_linear):
+                        configs = kernel.configurations(rows, *dtypes, aligned, limit)
+                        assert len({(c.out, c.rows, c.inner, c.warps) for c in configs}) == 1
             for outer, aligned in itertools.product((10, 1000), (False, True)):
                 arguments = outer, 1000, dtype, delta_dtype, aligned, limit
                 configs = coefficient_grad.configurations(*arguments)

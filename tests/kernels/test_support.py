@@ -49,6 +49,8 @@ def test_a_fitting_device_is_supported(gpu):
         assert kernels.supports(name, {"x": x, "base": base}, deltas) == (True, "")
     tensors = {"dy": x, "x": x, "base": None}
     assert kernels.supports("linear_coefficient_grad", tensors, deltas) == (True, "")
+    for name in ("masked_linear_forward", "linear_masked_coefficient_grad"):
+        assert kernels.supports(name, {"x": x, "base": base}, deltas[:1]) == (True, "")
     assert kernels.supports("softmax_entropy_forward", {"logits": x}) == (True, "")
     with pytest.raises(ValueError, match="function must be one of linear_coefficient_grad"):
         kernels.supports("matmul", {"x": x})
@@ -100,6 +102,18 @@ def test_shapes(gpu):
         kernels.linear_coefficient_grad(
             fake(3, 5), fake(3, 8, dtype=torch.float32), None, deltas, False
         )
+
+    def masked(lam, masks):
+        weights = fake(5, 8), fake(5, 8), masks
+        return kernels.masked_linear_forward(x, *weights, lam, None, False)
+
+    masks, row = fake(2, 5, 1, dtype=torch.uint8), fake(1, 2, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"masks has shape \[2, 5, 2\], expected \[2, 5, 1\]"):
+        masked(row, fake(2, 5, 2, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match=r"masks is torch\.bfloat16 on cuda:0, expected .*uint8"):
+        masked(row, fake(2, 5, 1))
+    with pytest.raises(RuntimeError, match="2 rows of coefficients do not divide 3 rows of x"):
+        masked(fake(2, 2, dtype=torch.float32), masks)
     with pytest.raises(RuntimeError, match=r"logits has shape \[8\], expected \[R, C >= 1\]"):
         kernels.softmax_entropy_forward(fake(8))
 

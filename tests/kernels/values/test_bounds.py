@@ -11,6 +11,7 @@ import torch
 
 from fastmerge import kernels
 from fastmerge.kernels import launching
+from fastmerge.ops._bits import pack_rows
 
 from .data import normal, whole
 
@@ -68,6 +69,25 @@ def test_low_rank_kernel(device):
         lam = at_the_edge(normal(rows, 2, seed=7, dtype=torch.float32, device=device))
         y = kernels.lowrank_linear_forward(x, base, down, up, [2, 3], lam, bias)
         assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["oi", "io"])
+def test_masked_kernels(transpose, device):
+    def make(*shape, seed):
+        return at_the_edge(whole(*shape, seed=seed, dtype=torch.bfloat16, device=device))
+
+    for rows, inner, outer in SIZES:
+        shape = (inner, outer) if transpose else (outer, inner)
+        x, dy, bias = make(rows, inner, seed=1), make(rows, outer, seed=2), make(outer, seed=3)
+        base, unified = make(*shape, seed=4), make(*shape, seed=5)
+        masks = at_the_edge(pack_rows(torch.rand(2, *shape, device=device) < 0.5))
+        lam = at_the_edge(torch.eye(2, device=device).repeat(rows, 1)[:rows])
+        results = [
+            kernels.masked_linear_forward(x, base, unified, masks, lam, bias, transpose),
+            *kernels.masked_linear_backward(dy, x, base, unified, masks, lam, transpose),
+            kernels.linear_masked_coefficient_grad(dy, x, unified, masks, transpose),
+        ]
+        assert all(torch.isfinite(result).all() for result in results)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (5, 1300)], ids=str)
