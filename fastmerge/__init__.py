@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .coefficients import Coefficients, load_coefficients
     from .coverage_report import coverage
     from .deltas import Dense, Experts, LowRank, Masked
+    from .families import Similarity, similarity
+    from .greedy import GreedyMerge, greedy_merge
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .linearized.adapters import linearize
     from .linearized.tangent import LinearizedModule
@@ -46,6 +48,8 @@ _HOMES = {
     "coefficients": ("Coefficients", "load_coefficients"),
     "coverage_report": ("coverage",),
     "deltas": ("Dense", "Experts", "LowRank", "Masked"),
+    "families": ("Similarity", "similarity"),
+    "greedy": ("GreedyMerge", "greedy_merge"),
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "linearized.adapters": ("linearize",),
     "linearized.tangent": ("LinearizedModule",),
@@ -71,6 +75,7 @@ __all__ = [
     "CollapseWarning",
     "Dense",
     "Experts",
+    "GreedyMerge",
     "History",
     "LinearizedModule",
     "LowRank",
@@ -78,12 +83,14 @@ __all__ = [
     "MergedWeight",
     "MergedWeightWarning",
     "ShuffledBatches",
+    "Similarity",
     "anchor_coefficients",
     "attach",
     "build",
     "coverage",
     "detach",
     "fold",
+    "greedy_merge",
     "heat_map",
     "important_chunks",
     "learn",
@@ -99,6 +106,7 @@ __all__ = [
     "save",
     "search",
     "self_position",
+    "similarity",
     "task",
     "train_router",
     "train_surgery",

@@ -21,6 +21,7 @@ FAMILIES = {
     "merge": ("One model, no data", "`fm.merge(base, experts, method=NAME)`, recipes"),
     "learned": ("One model, coefficients learned without labels", "`fm.attach`, `fm.learn`"),
     "fine_tuned": ("Experts fine-tuned to be merged", "`fm.linearize`, then any of the above"),
+    "chosen": ("One model, experts chosen by a score", "`fm.greedy_merge`, `fm.similarity`"),
     "kept": (
         "Something of every expert is kept",
         "`fm.build(base, experts, method=NAME)`, `fm.task`",
@@ -278,6 +279,21 @@ OTHERS: tuple[Entry, ...] = (
             "layers": "modules that are corrected; by default all linear layers and convolutions",
             "epsilon": "added to standard deviations",
             "mask": "function of the inputs: the tokens that count",
+        },
+    ),
+    Entry(
+        name="greedy_merge",
+        family="chosen",
+        summary="experts are taken one by one, with the weight that a score of yours likes best",
+        formula="m ← (1−w) m + w θₖ for the best w, if score(m) improves; best experts first",
+        source="arXiv 2410.05357",
+        call="fm.greedy_merge(base, experts, score); fm.similarity(base, experts).clusters(0.9)",
+        home="greedy:greedy_merge",
+        meanings={
+            "score": "function of the merged model: how good it is",
+            "method": "linear, or another method of fm.merge, whose experts are chosen",
+            "grid": "weights w that are tried with linear",
+            "out": "the folder to be made, for checkpoint folders",
         },
     ),
 )
