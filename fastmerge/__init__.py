@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .backends import use_backend
     from .chunking import important_chunks
     from .coefficients import Coefficients, load_coefficients
+    from .concrete_mask import ConcreteMask, attach_mask, load_mask
     from .coverage_report import coverage
     from .deltas import Dense, Experts, LowRank, Masked
     from .families import Similarity, similarity
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .learning import CollapseWarning, History, ShuffledBatches, learn
     from .linearized.adapters import linearize
     from .linearized.tangent import LinearizedModule
+    from .mask_learning import learn_mask
     from .merged_refusals import MergedWeightWarning
     from .merged_weight import MergedWeight
     from .merging import merge
@@ -46,6 +48,7 @@ _HOMES = {
     "backends": ("use_backend",),
     "chunking": ("important_chunks",),
     "coefficients": ("Coefficients", "load_coefficients"),
+    "concrete_mask": ("ConcreteMask", "attach_mask", "load_mask"),
     "coverage_report": ("coverage",),
     "deltas": ("Dense", "Experts", "LowRank", "Masked"),
     "families": ("Similarity", "similarity"),
@@ -53,6 +56,7 @@ _HOMES = {
     "learning": ("CollapseWarning", "History", "ShuffledBatches", "learn"),
     "linearized.adapters": ("linearize",),
     "linearized.tangent": ("LinearizedModule",),
+    "mask_learning": ("learn_mask",),
     "merged_refusals": ("MergedWeightWarning",),
     "merged_weight": ("MergedWeight",),
     "merging": ("merge",),
@@ -73,6 +77,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Coefficients",
     "CollapseWarning",
+    "ConcreteMask",
     "Dense",
     "Experts",
     "GreedyMerge",
@@ -86,6 +91,7 @@ __all__ = [
     "Similarity",
     "anchor_coefficients",
     "attach",
+    "attach_mask",
     "build",
     "coverage",
     "detach",
@@ -94,10 +100,12 @@ __all__ = [
     "heat_map",
     "important_chunks",
     "learn",
+    "learn_mask",
     "linearize",
     "lines_coefficients",
     "load",
     "load_coefficients",
+    "load_mask",
     "materialize",
     "merge",
     "ops",

@@ -76,6 +76,17 @@ _LEARNING = {
     "lr": "Adam's learning rate",
 }
 
+_CONCRETE = "mask_learning:learn_mask,concrete_mask:attach_mask,attachment:attach"
+_MASK = {
+    "init": "λ",
+    "temperature": "T",
+    "rescale": "whether m is divided by its mean over each tensor",
+    "steps": "of the mask",
+    "lr": "Adam's learning rate of x",
+    "kind": "expected, sample (published code) or binary: the mask that stays",
+    "seed": "of the noise",
+}
+
 _SURGERY = "modules.surgery:Surgery.build,modules.surgery_training:train_surgery"
 _ADAPTERS = {
     "rank": "of the adapters",
@@ -135,6 +146,31 @@ OTHERS: tuple[Entry, ...] = (
         call='fm.attach(...); fm.learn(..., objective="kl", expert_logits=experts)',
         home=_ATTACH,
         meanings={"granularity": "what shares coefficients", **_LEARNING},
+    ),
+    Entry(
+        name="concrete",
+        family="learned",
+        summary="one mask of all entries that the task vectors share, learned by entropy; λ stays",
+        formula="θ₀ + λ Σ m̃∘τₖ, m̃ = m / mean m, m = sigmoid((x + noise) / T), x = argmin Σₜ H",
+        source="arXiv 2312.06173",
+        call="fm.attach(model, experts); fm.attach_mask(model); fm.learn_mask(model, mask, ...)",
+        home=_CONCRETE,
+        meanings=_MASK,
+    ),
+    Entry(
+        name="concrete_adamerging",
+        family="learned",
+        summary="the same for coefficients that fit every mask anew, learned under it afterwards",
+        formula="θ₀ˡ + Σ λₖˡ m̃ˡ∘τₖˡ, λ a step from its start for each m, then as adamerging",
+        source="arXiv 2312.06173",
+        call="fm.learn_mask(model, mask, batches, coefficients=coefficients); fm.learn(...)",
+        home=_CONCRETE,
+        meanings={
+            "granularity": "what shares coefficients: task, layer, block, chunk or groups",
+            "inner_lr": "Adam's learning rate of the coefficients' step",
+            "inner_state": "fresh, or kept (published code): Adam's moments from step to step",
+            **_MASK,
+        },
     ),
     Entry(
         name="lorahub",

@@ -160,7 +160,7 @@ def learn(
     """
     tasks = list(batches)
     loss_of = resolve_objective(objective)
-    _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience)
+    check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience)
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -214,7 +214,7 @@ def learn(
     return history
 
 
-def _check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience):
+def check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every, patience):
     if not tasks:
         raise ValueError("batches is empty: expected {task: iterable of inputs}")
     for name, mapping in (("heads", heads), ("expert_logits", expert_logits)):

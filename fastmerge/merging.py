@@ -22,9 +22,10 @@ from .checking import (
     tied_names,
 )
 from .coefficients import Coefficients, load_coefficients
+from .concrete_mask import ConcreteMask, load_mask
 from .jobs.door import merge_folders
 from .merged_weight import MergedWeight
-from .methods import Block, Method, Weighted, make_method, run_passes
+from .methods import Block, ConcreteWeighted, Method, Weighted, make_method, run_passes
 from .ops._library import accumulate_dtype
 from .sources import read_experts, read_tensors
 
@@ -35,6 +36,7 @@ def merge(
     method: str | Method | None = None,
     coefficients: Coefficients | Tensor | str | Path | None = None,
     *,
+    mask: ConcreteMask | str | Path | None = None,
     out: str | Path | None = None,
     job: Mapping[str, Any] | None = None,
     names: Sequence[str] | None = None,
@@ -68,6 +70,9 @@ def merge(
             `Coefficients` module or the path of its file, which also choose the tensors to be
             merged; or a tensor, [K] or [L, K] with one row per merged tensor in the base's order,
             tied tensors once. Folders need `names` with [L, K].
+        mask: with coefficients, a mask that multiplies all task vectors, or its file
+            (`fastmerge.learn_mask`); it must have exactly the tensors that are merged. Not for
+            folders.
         out: the folder to be made, if base is one.
         job: options of a job on folders, for example {"max_memory": 1 << 30, "resume": True}: the
             keywords of `fastmerge.jobs.engine.run`.
@@ -92,6 +97,8 @@ def merge(
         raise ValueError("merge: give either method or coefficients")
     if coefficients is not None and params:
         raise TypeError(f"merge: coefficients take no parameter {next(iter(params))!r}")
+    if mask is not None and (coefficients is None or isinstance(base, (str, Path))):
+        raise ValueError("merge: a mask belongs to coefficients and models in memory")
     if names is not None and not isinstance(coefficients, Tensor):
         raise ValueError("merge: names belong to coefficients given as a [L, K] tensor")
     if isinstance(method, str):
@@ -154,6 +161,8 @@ def merge(
         else:
             rows = None if names is None else [tied[name] for name in names]
             method = Weighted(_rows(coefficients, rows, chosen, len(expert_names)))
+        if mask is not None:
+            method = _masked(method, mask, bases)
     method.check(chosen, expert_names)
 
     result = _Result(base, originals, tied)
@@ -249,6 +258,16 @@ def _weighted(
         rows[tied[name]] = part if len(part) > 1 else part[0]
     heights = {name: len(tensor) for name, tensor in bases.items() if tensor.dim()}
     return Weighted(rows, heights)
+
+
+def _masked(
+    method: Weighted, mask: ConcreteMask | str | Path, bases: Mapping[str, Tensor]
+) -> ConcreteWeighted:
+    """The same coefficients under a mask of these tensors."""
+    source = "mask" if isinstance(mask, ConcreteMask) else str(mask)
+    mask = mask if isinstance(mask, ConcreteMask) else load_mask(mask)
+    mask.check_same({name: tensor.shape for name, tensor in bases.items()}, source)
+    return ConcreteWeighted(method.rows, method.heights, mask.draws)
 
 
 def _rows(

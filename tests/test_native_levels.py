@@ -27,6 +27,7 @@ HEADER = Path(__file__).parent.parent / "csrc" / "include" / "fastmerge" / "cpu.
 # One entry, a row shorter than a vector, and rows of odd length over several blocks.
 SHAPES = [(1, 1), (3, 7), (37, 1083)]
 KEY = -9
+ONE = torch.ones(())
 
 
 class Inputs:
@@ -47,6 +48,7 @@ class Inputs:
         self.indices = torch.tensor([[size // 3, size // 2]] * count)
         self.probabilities = torch.tensor([[0.2, 0.2]] + [[0.1, 0.7]] * (count - 1)).double()
         self.grad = random(shape, dtype, 6)
+        self.logits = random(shape, torch.float32, 8)
 
 
 def entropy_gradient(i: Inputs) -> Tensor:
@@ -59,6 +61,17 @@ def combined_rows(i: Inputs) -> tuple[Tensor, Tensor]:
     out, grads = torch.full((2, 3, *i.base.shape), torch.nan, dtype=i.base.dtype)
     grads.copy_(i.grad)
     return out, cpu.combine_rows(i.base, i.experts, lam, out, grads, True)
+
+
+def concrete_sum_and_gradients(i: Inputs) -> tuple[Tensor, ...]:
+    given, mask, both = (i.logits, i.coefficients), {"key": KEY, "offset": 3}, i.base.clone()
+    merged = ops.concrete_weighted_sum(i.base, Experts(i.experts), *given, **mask)
+    gradients = ops.concrete_grad(i.grad, i.base, Experts(i.experts), *given, **mask)
+    cpu.concrete_combine(
+        i.base, i.experts, *given, KEY, 0.5, 3, experts=True, out=both, grad=i.grad
+    )
+    assert raw(both) == raw(merged)
+    return merged, *gradients
 
 
 # Of every kernel: its op, and whether the reference gives the same bytes.
@@ -92,6 +105,12 @@ CASES: dict[str, tuple[Callable[[Inputs], Tensor | tuple[Tensor, ...]], bool]] =
         lambda i: ops.random_masks(i.experts, i.probabilities, key=KEY, base=i.base, offset=3),
         True,
     ),
+    "concrete_mean": (lambda i: ops.concrete_mean(i.logits, key=KEY, offset=3), False),
+    "concrete_mean_backward": (
+        lambda i: torch.ops.fastmerge.concrete_mean_backward(ONE, i.logits, KEY, 0.5, 3),
+        False,
+    ),
+    "concrete_combine": (concrete_sum_and_gradients, False),
     "elect": (lambda i: tuple(ops.elect(Experts(i.experts), base=i.base)), False),
     "masked_combine": (
         lambda i: ops.weighted_sum(

@@ -399,6 +399,95 @@ CASES |= {
 }
 
 
+LOGITS = [base(), -3, 0.5, 2]  # and the rest of a relaxed mask
+
+
+def logits(wants_grad=True):
+    return [base().requires_grad_(wants_grad), *LOGITS[1:]]
+
+
+CASES |= {
+    "concrete_mean": Case(
+        lambda: [logits(), [base(), None, 0.0, 0], [base(DOUBLE, ()), 5, 1.5, 64]],
+        lambda: {
+            "dtype": ([INTEGERS, *LOGITS[1:]], "logits must be a floating-point tensor"),
+            "shape": ([base(), 1, -0.5, 0], "temperature must be finite and not negative"),
+        },
+    ),
+    "concrete_mean_backward": Case(
+        lambda: [[torch.tensor(0.5), *LOGITS], [torch.tensor(0.5), base(), None, 0.0, 0]],
+        lambda: {
+            "dtype": ([torch.tensor(0.5), INTEGERS, *LOGITS[1:]], "logits must be a floating"),
+            "shape": ([base(), *LOGITS], r"grad is \[5, 7\]"),
+        },
+    ),
+    "concrete_weighted_sum": Case(
+        lambda: [
+            [base(), deltas(), *logits(), lam(wants_grad=True), True, None],
+            [base(BF16), deltas(BF16), base(), None, 0.0, 0, lam(), False, torch.float32],
+        ],
+        lambda: {
+            "dtype": ([INTEGERS, deltas(), *LOGITS, lam(), False, None], "base must be a floating"),
+            "shape": (
+                [SHORT, deltas(shape=(5, 6)), *LOGITS, lam(), False, None],
+                r"logits is \[5, 7\]",
+            ),
+        },
+    ),
+    "concrete_grad": Case(
+        lambda: [
+            [base(), base(), deltas(), *LOGITS, lam(), True],
+            [base(BF16), base(), deltas(BF16), *LOGITS, lam(), False],
+        ],
+        lambda: {
+            "dtype": ([INTEGERS, base(), deltas(), *LOGITS, lam(), True], "grad_weight must be a"),
+            "shape": ([SHORT, base(), deltas(), *LOGITS, lam(), True], r"grad_weight is \[5, 6\]"),
+        },
+    ),
+    "concrete_linear": Case(
+        lambda: [
+            [
+                x((2, 3, 7)).requires_grad_(),
+                base(),
+                deltas(),
+                *logits(),
+                lam(wants_grad=True),
+                x((5,)).requires_grad_(),
+                True,
+                False,
+            ],
+            [x((4, 5)), base(), deltas(), *LOGITS, lam(), None, False, True],
+        ],
+        lambda: {
+            "dtype": (
+                [INTEGERS, base(), deltas(), *LOGITS, lam(), None, True, False],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [SHORT, base(), deltas(), *LOGITS, lam(), None, True, False],
+                r"x is \[5, 6\] on (cpu|meta), expected \[\.\.\., 7\]",
+            ),
+        },
+    ),
+    "concrete_linear_backward": Case(
+        lambda: [
+            [x((4, 5)), x((4, 7)), base(), deltas(), *LOGITS, lam(), True, False, *needs]
+            for needs in ((True, True, True), (True, False, False), (False, True, False))
+        ],
+        lambda: {
+            "dtype": (
+                [x((5, 5)), INTEGERS, base(), deltas(), *LOGITS, lam(), True, False, *[True] * 3],
+                "x must be a floating-point tensor",
+            ),
+            "shape": (
+                [x((5, 4)), base(), base(), deltas(), *LOGITS, lam(), True, False, *[True] * 3],
+                r"grad is \[5, 4\] on (cpu|meta), expected \[5, 5\]",
+            ),
+        },
+    ),
+}
+
+
 UNIFIED = [base(), torch.tensor([[[3], [0], [127], [64], [5]]] * 3, dtype=torch.uint8)]
 BYTES = UNIFIED[1].expand(3, 5, 2)
 

@@ -202,6 +202,40 @@ void random_masks(const TaskVectors& taus, uintptr_t thresholds, uintptr_t masks
                           pointer<char>(scratch), key, size, offset, width, threads});
 }
 
+fastmerge::cpu::RelaxedMask relaxed_mask(uintptr_t logits, uint64_t key, int64_t offset,
+                                         float steepness, bool noisy) {
+  return {pointer<const float>(logits), key, offset, steepness, noisy};
+}
+
+void concrete_mean(uintptr_t logits, uint64_t key, int64_t offset, float steepness, bool noisy,
+                   uintptr_t sum, uintptr_t scratch, int64_t size, int threads) {
+  py::gil_scoped_release release;
+  kernels().concrete_mean({relaxed_mask(logits, key, offset, steepness, noisy),
+                           pointer<double>(sum), pointer<double>(scratch), size, threads});
+}
+
+void concrete_mean_backward(uintptr_t logits, uint64_t key, int64_t offset, float steepness,
+                            bool noisy, uintptr_t grad_logits, float scale, int64_t size,
+                            int threads) {
+  py::gil_scoped_release release;
+  kernels().concrete_mean_backward({relaxed_mask(logits, key, offset, steepness, noisy),
+                                    pointer<float>(grad_logits), scale, size, threads});
+}
+
+void concrete_combine(const TaskVectors& taus, uintptr_t logits, uint64_t key, int64_t offset,
+                      float steepness, bool noisy, uintptr_t coefficients, uintptr_t out,
+                      uintptr_t grad, uintptr_t grad_logits, uintptr_t dots, uintptr_t scratch,
+                      int64_t size, int out_dtype, int grad_dtype, int threads) {
+  expect_dtype("out_dtype", out_dtype);
+  expect_dtype("grad_dtype", grad_dtype);
+  py::gil_scoped_release release;
+  kernels().concrete_combine({taus.source(), relaxed_mask(logits, key, offset, steepness, noisy),
+                              pointer<const float>(coefficients), pointer<void>(out),
+                              pointer<const void>(grad), pointer<float>(grad_logits),
+                              pointer<double>(dots), pointer<double>(scratch), size, out_dtype,
+                              grad_dtype, threads});
+}
+
 int64_t mask_scratch_doubles(int64_t rows, int64_t columns, int64_t k) {
   return fastmerge::cpu::mask_blocks({rows, columns}) * k;
 }
@@ -354,6 +388,9 @@ PYBIND11_MODULE(_cpu, m) {
         "Bytes of scratch per delta that random_masks needs to rank rows of `width` entries.");
   m.def("mask_scratch_doubles", &mask_scratch_doubles, py::arg("rows"), py::arg("columns"),
         py::arg("k"), "The same for masks that are packed row by row.");
+  m.def("concrete_mean", &concrete_mean);
+  m.def("concrete_mean_backward", &concrete_mean_backward);
+  m.def("concrete_combine", &concrete_combine);
   m.def("elect", &elect);
   m.def("masked_combine", &masked_combine);
   m.def("masked_merge", &masked_merge);

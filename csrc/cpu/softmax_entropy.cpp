@@ -1,47 +1,15 @@
 // Row entropy of a softmax and its gradient, without storing probabilities.
 //
 // Rows have unit element stride and any row stride; outputs are overwritten. Row sums are fp32
-// lanes over a tile, folded into fp64. exp and log are polynomials in plain multiply and add, since
-// a mathematics library may answer differently on another machine. A logit of -inf has probability
-// zero; NaN and +inf give NaN, as does a row of nothing but -inf.
+// lanes over a tile, folded into fp64. A logit of -inf has probability zero; NaN and +inf give NaN,
+// as does a row of nothing but -inf.
 #include "combine.h"
+#include "exponential.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 namespace {
-
-// exp(x) is zero in fp32 below this.
-constexpr float kUnderflow = -104.0f;
-
-FASTMERGE_INLINE F32 clamp_low(F32 x) {
-  F32 low = broadcast(kUnderflow);
-  return select(x < low, low, x);
-}
-
-// exp(x) for kUnderflow <= x < 88, within 2 ulp: x = n log 2 + r, exp(r) by its series.
-FASTMERGE_INLINE F32 exp_clamped(F32 x) {
-  F32 magic = broadcast(0x1.8p23f);  // leaves the nearest integer in the low mantissa bits
-  F32 shifted = x * broadcast(0x1.715476p0f) + magic;
-  F32 n = shifted - magic;
-  F32 r = (x - n * broadcast(0x1.62e4p-1f)) - n * broadcast(0x1.7f7d1cp-20f);
-  F32 y = broadcast(1.0f / 5040);
-  y = y * r + broadcast(1.0f / 720);
-  y = y * r + broadcast(1.0f / 120);
-  y = y * r + broadcast(1.0f / 24);
-  y = y * r + broadcast(1.0f / 6);
-  y = y * r + broadcast(0.5f);
-  y = y * (r * r) + r + broadcast(1.0f);
-  // Two factors, since 2^n alone may be below the normal numbers.
-  F32 low, high;
-  FASTMERGE_PARTS {
-    PartI exponent = (PartI)shifted.part[j] - (PartI)magic.part[j];
-    PartI half = exponent >> 1;
-    low.part[j] = (PartF)((half + 127) << 23);
-    high.part[j] = (PartF)((exponent - half + 127) << 23);
-  }
-  return select(x == broadcast(kUnderflow), zeros(), y * low * high);
-}
 
 // log(z) for normal z > 0: z = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh f.
 double log_normal(double z) {

@@ -1,14 +1,17 @@
 """Storage formats of the K deltas of one tensor: what is kept, and how tau_k is read from it."""
 
 from ._format import Deltas, OwnOperations, Stored
+from .concrete import Concrete, Draw
 from .factor_pairs import FactorPairs
 from .low_rank import LowRank
 from .masked import Masked
 from .stored import Dense, Experts
 
 __all__ = [
+    "Concrete",
     "Deltas",
     "Dense",
+    "Draw",
     "Experts",
     "FactorPairs",
     "LowRank",

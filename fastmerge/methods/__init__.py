@@ -10,6 +10,7 @@ from .anchor_ramp import AnchorRamp
 from .arcee_fusion import ArceeFusion
 from .average import Average
 from .breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from .concrete import ConcreteWeighted
 from .consensus import Consensus
 from .dare import DareLinear, DareTies
 from .della import Della, DellaLinear
@@ -66,6 +67,7 @@ __all__ = [
     "METHODS",
     "Average",
     "Block",
+    "ConcreteWeighted",
     "Method",
     "Parameter",
     "Pass",

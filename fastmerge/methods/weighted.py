@@ -35,7 +35,7 @@ class Weighted(Method):
     def combine(self, block: Block, stats: Stats) -> Tensor:
         row = self.rows[block.name]
         if row.dim() == 1:
-            return add_task_vectors(block, row)
+            return self.add(block, row)
         count, height = len(row), self.heights[block.name]
         first = block.offset // max(1, block.base[:1].numel())  # index of the block's first row
         last, merged = first + len(block.base), []
@@ -47,9 +47,14 @@ class Weighted(Method):
                     block,
                     base=block.base[start:stop],
                     experts=[expert[start:stop] for expert in block.experts],
+                    offset=block.offset + start * block.base[:1].numel(),
                 )
-                merged.append(add_task_vectors(part, row[chunk]))
+                merged.append(self.add(part, row[chunk]))
         return torch.cat(merged)
+
+    def add(self, block: Block, coefficients: Tensor) -> Tensor:
+        """The merged block of a chunk of rows, coefficients [K]."""
+        return add_task_vectors(block, coefficients)
 
 
 def add_task_vectors(block: Block, coefficients: Tensor) -> Tensor:

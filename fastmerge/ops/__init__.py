@@ -2,6 +2,9 @@
 
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
+from .concrete_linear import concrete_linear
+from .concrete_mean import concrete_mean
+from .concrete_weighted_sum import concrete_grad, concrete_weighted_sum
 from .elect import Elected, elect
 from .lowrank_linear import lowrank_linear
 from .magnitude_bracket import magnitude_bracket
@@ -23,6 +26,10 @@ __all__ = [
     "Elected",
     "coefficient_grad",
     "combine_and_dot",
+    "concrete_grad",
+    "concrete_linear",
+    "concrete_mean",
+    "concrete_weighted_sum",
     "elect",
     "exact_sums",
     "exact_value",

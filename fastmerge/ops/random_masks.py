@@ -91,17 +91,21 @@ def philox(counters: Tensor, expert: int, stream: int, key: int) -> tuple[Tensor
 
 
 def draws(size: int, offset: int, expert: int, key: int, device: torch.device | str) -> Tensor:
-    """The 32-bit draws of entries offset .. offset + size as int64 [size].
+    """The 32-bit draws of entries offset .. offset + size as int64 [size]."""
+    return draws_of(torch.arange(offset, offset + size, device=device), expert, key)
+
+
+def draws_of(entries: Tensor, expert: int, key: int) -> Tensor:
+    """The 32-bit draws of entries, int64 like `entries`, which are their indices.
 
     Entry e takes counter (e // 64) * 8 + (e % 32) // 4, there half (e // 32) % 2 * 4 + e % 4 of the
     eight halves of 16 bits, the low one of a word first: its high bits from stream 0, its low bits
     from stream 1.
     """
-    entries = torch.arange(offset, offset + size, device=device)
     counters, half = entries // 64 * 8 + entries % 32 // 4, entries // 32 % 2 * 4 + entries % 4
     parts = []
     for stream in (0, 1):
-        words = torch.stack(philox(counters, expert, stream, key))  # [4, n]
+        words = torch.stack(philox(counters, expert, stream, key))  # [4, *]
         word = words.gather(0, (half // 2).unsqueeze(0)).squeeze(0)
         parts.append(word >> 16 * (half % 2) & 0xFFFF)
     return parts[0] << 16 | parts[1]

@@ -303,6 +303,53 @@ struct MaskedCombineParams {
   int threads;
 };
 
+// A mask with one entry per entry of a tensor, never stored: m = sigmoid(steepness * (logit +
+// noise)) with noise = log(u / (1 - u)), u = (draw + 1/2) / 2^32, where draw is the 32 bits of
+// RandomMasksParams under `key`, k = 0. With steepness 0, m = 1 where logit + noise > 0, else 0.
+struct RelaxedMask {
+  const float* logits;
+  uint64_t key;
+  int64_t offset;  // index of the first entry, which its draw depends on
+  float steepness;
+  bool noisy;  // else noise = 0
+};
+
+// sum = sum_i m_i.
+struct ConcreteMeanParams {
+  RelaxedMask mask;
+  double* sum;      // [1]
+  double* scratch;  // [blocks]
+  int64_t size;
+  int threads;
+};
+
+// grad_logits = scale * dm/dlogits.
+struct ConcreteMeanBackwardParams {
+  RelaxedMask mask;
+  float* grad_logits;
+  float scale;
+  int64_t size;
+  int threads;
+};
+
+// out = base + sum_k coefficients[k] * m * tau_k, with a null grad only that. Otherwise
+// dots[k] = <grad, m * tau_k> and grad_logits = grad * dm/dlogits * sum_k coefficients[k] tau_k as
+// well, or, with a null out, only these.
+struct ConcreteCombineParams {
+  Source source;
+  RelaxedMask mask;
+  const float* coefficients;  // [K]
+  void* out;
+  const void* grad;
+  float* grad_logits;  // may be null, with a grad as well
+  double* dots;        // [K]
+  double* scratch;     // [blocks, K]
+  int64_t size;
+  int out_dtype;
+  int grad_dtype;
+  int threads;
+};
+
 // sums[row, 0, k] = sum over the row of |tau_k|, or its square; sums[row, 1, k] over masked
 // entries.
 struct MaskedSumsParams {
@@ -383,6 +430,9 @@ struct KernelTable {
   void (*magnitude_masks)(const MagnitudeMasksParams&);
   void (*tie_counts)(const TieCountsParams&);
   void (*random_masks)(const RandomMasksParams&);
+  void (*concrete_mean)(const ConcreteMeanParams&);
+  void (*concrete_mean_backward)(const ConcreteMeanBackwardParams&);
+  void (*concrete_combine)(const ConcreteCombineParams&);
   void (*elect)(const ElectParams&);
   void (*masked_combine)(const MaskedCombineParams&);
   void (*masked_merge)(const MaskedMergeParams&);

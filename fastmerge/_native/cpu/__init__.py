@@ -7,6 +7,7 @@ argument that differ in dtype are widened to fp32 first, which is exact.
 from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
 from .combine_rows import combine_rows
+from .concrete import concrete_combine, concrete_mean, concrete_mean_backward
 from .elect import elect
 from .magnitude_bracket import magnitude_bracket
 from .magnitude_histogram import magnitude_histogram
