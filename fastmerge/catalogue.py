@@ -173,6 +173,16 @@ OTHERS: tuple[Entry, ...] = (
         },
     ),
     Entry(
+        name="samerging",
+        family="learned",
+        summary="coefficients learned by KL with sharpness-aware steps",
+        formula="θ₀ˡ + Σ λₖˡτₖˡ, λ = argmin max over ‖ε‖ ≤ ρ of Σₜ KL(expertₜ ‖ model at λ + ε)",
+        source="arXiv 2512.21288",
+        call='fm.attach(..., init=0.0, clamp=None); fm.learn(..., objective="kl", sharpness=0.07)',
+        home=_ATTACH,
+        meanings={"sharpness": "ρ", "granularity": "what shares coefficients", **_LEARNING},
+    ),
+    Entry(
         name="lorahub",
         family="learned",
         summary="coefficients searched by evaluations of a loss on a few examples, no gradients",

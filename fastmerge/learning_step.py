@@ -19,6 +19,7 @@ NO_GRADIENT = (
 WARM_UP_STEPS = 3  # eager runs before a capture: libraries and kernels choose their launches
 
 Values = dict[str, Tensor]
+Targets = dict[str, Tensor | None]
 
 
 class EagerStep:
@@ -45,19 +46,22 @@ class EagerStep:
         self.model, self.parameters, self.heads = model, parameters, heads
         self.expert_logits, self.objective, self.dtype = expert_logits, objective, dtype
 
-    def __call__(self, inputs: dict[str, Any], step: int) -> tuple[Values, Values]:
-        """Scalar losses and logits per task, detached; gradients are in the parameters."""
+    def __call__(
+        self, inputs: dict[str, Any], step: int, targets: Targets | None = None
+    ) -> tuple[Values, Values]:
+        """Scalar losses and logits per task, detached; gradients are in the parameters.
+
+        `targets`: the experts' logits on these inputs where they are known already.
+        """
         for parameter in self.parameters:
             parameter.grad = None
-        return self.run(inputs, self.targets(inputs), step)
+        return self.run(inputs, self.targets(inputs) if targets is None else targets, step)
 
-    def targets(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
+    def targets(self, inputs: dict[str, Any]) -> Targets:
         """The experts' logits on these inputs, None where there is no expert."""
         return {task: self._expert_logits(task, batch) for task, batch in inputs.items()}
 
-    def run(
-        self, inputs: dict[str, Any], targets: dict[str, Tensor | None], step: int
-    ) -> tuple[Values, Values]:
+    def run(self, inputs: dict[str, Any], targets: Targets, step: int) -> tuple[Values, Values]:
         """Forward and backward passes; gradients are added up, nothing is read by the host."""
         joined = None if mixes_rows(self.model) else join(list(inputs.values()))
         if joined is not None and len(inputs) > 1:
@@ -136,8 +140,10 @@ class GraphedStep(EagerStep):
             raise ValueError(f"cuda_graph needs the model on a CUDA device, it is on {device}")
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, inputs: dict[str, Any], step: int) -> tuple[Values, Values]:
-        targets = self.targets(inputs)
+    def __call__(
+        self, inputs: dict[str, Any], step: int, targets: Targets | None = None
+    ) -> tuple[Values, Values]:
+        targets = self.targets(inputs) if targets is None else targets
         if self.graph is None:
             self._capture(inputs, targets, step)
         self._copy(self.inputs, inputs, step)

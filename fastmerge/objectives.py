@@ -43,15 +43,18 @@ def entropy(logits: Tensor, batch: Batch) -> Tensor:
     return softmax_entropy(logits).mean()
 
 
-def kl_to_expert(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean divergence from the expert's predictions, mean_x KL(p_expert(x) || p_merged(x)).
+def kl_to_expert(logits: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Mean divergence from the expert's predictions, T^2 mean_x KL(p_expert(x) || p_merged(x)).
 
     Args:
         logits: [..., C].
         batch: its expert_logits [..., C] are the target.
+        temperature: T, by which all logits are divided.
 
     Raises:
         ValueError: there are no expert logits, or their shape differs.
+
+    Source: Hinton et al. (arXiv 1503.02531) for the temperature.
     """
     target = batch.expert_logits
     if target is None:
@@ -65,12 +68,11 @@ def kl_to_expert(logits: Tensor, batch: Batch) -> Tensor:
             f"expected {list(logits.shape)}"
         )
     classes = logits.shape[-1]
-    return F.kl_div(
-        logits.reshape(-1, classes).float().log_softmax(-1),
-        target.reshape(-1, classes).float().log_softmax(-1),
-        reduction="batchmean",
-        log_target=True,
+    merged, expert = (t.reshape(-1, classes).float() / temperature for t in (logits, target))
+    divergence = F.kl_div(
+        merged.log_softmax(-1), expert.log_softmax(-1), reduction="batchmean", log_target=True
     )
+    return divergence * temperature**2
 
 
 def info_nce(temperature: float = 0.05) -> Objective:
