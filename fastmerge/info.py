@@ -72,6 +72,7 @@ _TRITON = (
     "masked_linear_backward",
     "merged_linear",
     "merged_linear_backward",
+    "residual_adapter",
     "softmax_entropy",
     "softmax_entropy_backward",
 )

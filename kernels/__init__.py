@@ -20,6 +20,7 @@ _HOMES = {
     "masked_coefficient_grad": ("linear_masked_coefficient_grad",),
     "masked_linear": ("masked_linear_backward", "masked_linear_forward"),
     "merged_linear": ("merged_linear_backward_x", "merged_linear_forward"),
+    "residual_adapter": ("residual_adapter_forward",),
     "row_linear": ("row_linear_backward", "row_linear_forward"),
     "softmax_entropy": ("softmax_entropy_backward", "softmax_entropy_forward"),
 }

@@ -27,45 +27,10 @@ from .launching import (
     on_device,
     power_of_two,
 )
+from .tiles import add_product
 
 COLUMNS = 64  # of the thin product in one tile; `inner` divides it
 OP = "lowrank_linear_forward"
-
-
-@triton.jit
-def _add_product(
-    accumulator,
-    left_ptr,
-    right_ptr,
-    o,
-    r,
-    first,
-    steps,
-    outer,
-    rows,
-    inner,
-    stride_lo,
-    stride_li,
-    stride_rr,
-    stride_ri,
-    PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """accumulator + left [O, I] right [R, I]^T over `steps` blocks of I from `first`."""
-    i = tl.arange(0, BLOCK_I).to(tl.int64) + first
-    left_offsets = o[:, None] * stride_lo + i[None, :] * stride_li  # [O, I]
-    right_offsets = r[None, :] * stride_rr + i[:, None] * stride_ri  # [I, R]
-    step = tl.full([], BLOCK_I, tl.int64)
-    for _ in range(steps):
-        left_mask = (o[:, None] < outer) & (i[None, :] < inner)
-        right_mask = (i[:, None] < inner) & (r[None, :] < rows)
-        right = tl.load(right_ptr + right_offsets, mask=right_mask, other=0.0)
-        left = tl.load(left_ptr + left_offsets, mask=left_mask, other=0.0).to(right.dtype)
-        accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
-        i += step
-        left_offsets += step * stride_li
-        right_offsets += step * stride_ri
-    return accumulator
 
 
 @triton.jit
@@ -98,7 +63,7 @@ def _thin_kernel(
     scale_offsets = r[None, :] * COUNT + owner[:, None]
     scale = tl.load(coefficients_ptr + scale_offsets, mask=mask, other=0.0)
     used = tl.max(tl.max((scale != 0).to(tl.int32), axis=1), axis=0)
-    product = _add_product(
+    product = add_product(
         tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32),
         down_ptr,
         x_ptr,
@@ -154,7 +119,7 @@ def _lowrank_linear_kernel(
     row_tile = tile % row_tiles
     o = (tile // row_tiles).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     r = row_tile.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    y = _add_product(
+    y = add_product(
         tl.zeros([BLOCK_O, BLOCK_R], dtype=tl.float32),
         base_ptr,
         x_ptr,
@@ -175,7 +140,7 @@ def _lowrank_linear_kernel(
     column_tiles = tl.cdiv(total, BLOCK_C)
     for column in range(column_tiles):
         used = tl.load(used_ptr + row_tile * column_tiles + column)
-        y = _add_product(
+        y = add_product(
             y,
             up_ptr,
             thin_ptr,

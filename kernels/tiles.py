@@ -78,3 +78,39 @@ def expanded_bits(packed, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, PACKED_I
     else:
         bits = packed.to(tl.int32)[:, None, :] >> bit[None, :, None]
     return tl.reshape(bits & 1, [BLOCK_O, BLOCK_I]) != 0
+
+
+@triton.jit
+def add_product(
+    accumulator,
+    left_ptr,
+    right_ptr,
+    o,
+    r,
+    first,
+    steps,
+    outer,
+    rows,
+    inner,
+    stride_lo,
+    stride_li,
+    stride_rr,
+    stride_ri,
+    PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """accumulator + left [O, I] right [R, I]^T over `steps` blocks of I from `first`."""
+    i = tl.arange(0, BLOCK_I).to(tl.int64) + first
+    left_offsets = o[:, None] * stride_lo + i[None, :] * stride_li  # [O, I]
+    right_offsets = r[None, :] * stride_rr + i[:, None] * stride_ri  # [I, R]
+    step = tl.full([], BLOCK_I, tl.int64)
+    for _ in range(steps):
+        left_mask = (o[:, None] < outer) & (i[None, :] < inner)
+        right_mask = (i[:, None] < inner) & (r[None, :] < rows)
+        right = tl.load(right_ptr + right_offsets, mask=right_mask, other=0.0)
+        left = tl.load(left_ptr + left_offsets, mask=left_mask, other=0.0).to(right.dtype)
+        accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
+        i += step
+        left_offsets += step * stride_li
+        right_offsets += step * stride_ri
+    return accumulator

@@ -16,6 +16,7 @@ from fastmerge.kernels import (
     masked_linear,
     merged_linear,
     partial_sums,
+    residual_adapter,
     row_linear,
     softmax_entropy,
 )
@@ -70,6 +71,8 @@ class Case:
             return [self["x"]]
         dtypes = self["x"] if self["x"] == self["weights"] else f"{self['x']}/{self['weights']}"
         dtypes += " tf32" if self["precision"] == "tf32" else ""
+        if self.kernel == "residual_adapter":  # compiled for any number of tasks
+            return [dtypes, *([self["layout"]] if self["layout"] != "aligned" else [])]
         unusual = [f"base {self['base']}"] if self["base"] else []
         unusual += ["task vectors"] if not self["experts"] else []
         unusual += [self["layout"]] if self["layout"] != "aligned" else []
@@ -101,6 +104,10 @@ def _configurations(case: Case, rows: int) -> list[Config]:
         return lowrank_linear.configurations(rows, x, weights, case.aligned, limit)
     if case.kernel == "masked_linear":
         return masked_linear.configurations(rows, *case.dtypes, case.aligned, limit)
+    if case.kernel == "residual_adapter":
+        x, _, factor = case.dtypes
+        rank = int(case.form.removeprefix("rank "))
+        return residual_adapter.configurations(rows, rank, x, factor, case.aligned, limit)
     if case.kernel == "row_linear":
         return row_linear.configurations(rows, *case.dtypes, case.aligned, limit)
     arguments = rows, *case.dtypes, case["count"], case.aligned, case.target // 10, limit
@@ -212,6 +219,21 @@ def _masked_linear_cases(target: int) -> Iterator[Case]:
     yield from of("forward", 64, x="fp32", weights="fp32", precision="tf32")
 
 
+def _residual_adapter_cases(target: int) -> Iterator[Case]:
+    def of(rank: int, rows: int, **options: Any) -> Iterator[Case]:
+        return _of("residual_adapter", f"rank {rank}", target, rows, **options)
+
+    for rank in (16, 64):
+        for rows in (1, 50, 1024):
+            yield from of(rank, rows)
+        yield from of(rank, 50, weights="fp32")
+        yield from of(rank, 50, x="fp32", weights="fp32")
+        yield from of(rank, 50, layout="odd")
+    yield from of(64, 50, weights="fp32", layout="odd")
+    yield from of(64, 50, x="fp32", weights="fp32", layout="odd")
+    yield from of(16, 50, x="fp32", weights="fp32", precision="tf32")
+
+
 def combinations() -> list[Case]:
     """Kernel, target, layout, dtypes, number of experts and every configuration for them."""
     every: dict[str, Case] = {}
@@ -280,6 +302,7 @@ def cases() -> list[Case]:
             _row_linear_cases,
             _lowrank_linear_cases,
             _masked_linear_cases,
+            _residual_adapter_cases,
             _streaming_cases,
         )
         for case in (case for generate in generators for case in generate(target)):

@@ -28,6 +28,7 @@ from fastmerge.kernels import (
     masked_linear,
     merged_linear,
     partial_sums,
+    residual_adapter,
     row_linear,
     softmax_entropy,
 )
@@ -273,6 +274,31 @@ def _task_order(case: Case) -> Launch:
     )
 
 
+def _residual_adapter(case: Case) -> Launch:
+    rank = int(case.form.removeprefix("rank "))
+    return Launch(
+        residual_adapter._residual_adapter_kernel,
+        {
+            "x_ptr": case["x"],
+            "down_ptr": case["weights"],
+            "up_ptr": case["weights"],
+            "tasks_ptr": "i64",
+            "y_ptr": case["x"],
+        },
+        {"width", "rank", "stride_xr", "stride_dk", "stride_dr", "stride_uk", "stride_uo"},
+        {
+            "stride_xi": 1,
+            "stride_di": 1,
+            "stride_ur": 1,
+            "PRECISION": case["precision"],
+            "BLOCK_O": case.config.out,
+            "BLOCK_R": case.config.rows,
+            "BLOCK_I": case.config.inner,
+            "BLOCK_C": residual_adapter.thin_columns(rank),
+        },
+    )
+
+
 def _softmax_entropy(case: Case) -> Launch:
     pointers = {"logits_ptr": case["x"], "entropy_ptr": "fp32", "normalizer_ptr": "fp32"}
     function = softmax_entropy._softmax_entropy_kernel
@@ -302,6 +328,7 @@ LAUNCHES = {
     "lowrank_linear": _lowrank_linear,
     "masked_linear": _masked_linear,
     "task_order": _task_order,
+    "residual_adapter": _residual_adapter,
     "softmax_entropy": _softmax_entropy,
     "partial_sums": _partial_sums,
 }

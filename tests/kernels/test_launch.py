@@ -149,6 +149,15 @@ def test_rows_of_their_own_wait_for_nothing(compiled, monkeypatch, name):
     assert len(compiled) == count > 0
 
 
+@pytest.mark.parametrize("sizes", [(50, 256, 16), (9, 65, 5)], ids=["aligned", "odd"])
+def test_residual_adapter(compiled, sizes):
+    rows, width, rank = sizes
+    x, down = torch.randn(2, rows, width).bfloat16(), torch.randn(3, rank, width).bfloat16()
+    up, tasks = torch.randn(3, width, rank).bfloat16(), torch.tensor([2, 0])
+    assert kernels.residual_adapter_forward(x, down, up, tasks).shape == x.shape
+    check(compiled, 1)
+
+
 def test_softmax_entropy(compiled):
     logits = torch.randn(5, 1003).bfloat16()
     entropy, normalizer = kernels.softmax_entropy_forward(logits)

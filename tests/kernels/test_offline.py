@@ -17,6 +17,7 @@ from fastmerge.kernels import (
     lowrank_linear,
     masked_linear,
     merged_linear,
+    residual_adapter,
     row_linear,
     softmax_entropy,
 )
@@ -33,7 +34,7 @@ CASES = {case.name: case for case in [*cases.cases(), *cases.sample()]}
 MATRIX = [
     name
     for name, case in CASES.items()
-    if case.kernel.endswith(("_linear", "coefficient_grad"))
+    if case.kernel.endswith(("_linear", "coefficient_grad", "adapter"))
     and not (case["x"] == "fp32" and case["precision"] == "ieee")
 ]
 
@@ -107,6 +108,9 @@ def needed(case: cases.Case) -> int | None:
         return lowrank_linear.needed_shared_memory(case.config, x, max(base, delta))
     if case.kernel == "masked_linear":
         return masked_linear.needed_shared_memory(case.config, x, base + delta)
+    if case.kernel == "residual_adapter":
+        rank = int(case.form.removeprefix("rank "))
+        return residual_adapter.needed_shared_memory(case.config, rank, x, delta)
     if case.kernel == "row_linear":
         return row_linear.needed_shared_memory(case.config, x, base + delta)
     return None

@@ -90,6 +90,19 @@ def test_masked_kernels(transpose, device):
         assert all(torch.isfinite(result).all() for result in results)
 
 
+def test_adapter_kernel(device):
+    def make(*shape, seed):
+        return at_the_edge(whole(*shape, seed=seed, dtype=torch.bfloat16, device=device))
+
+    for rows, width, rank in [(3, 7, 5), (17, 65, 30)]:
+        x, down, up = (
+            make(*shape, seed=k)
+            for k, shape in enumerate([(2, rows, width), (3, rank, width), (3, width, rank)])
+        )
+        tasks = at_the_edge(torch.tensor([2, 1], device=device))
+        assert torch.isfinite(kernels.residual_adapter_forward(x, down, up, tasks)).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (5, 1300)], ids=str)
 def test_softmax_entropy(shape, device):
     logits = at_the_edge(normal(*shape, seed=1, dtype=torch.float16, device=device))
