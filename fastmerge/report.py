@@ -28,11 +28,14 @@ LABELS = {
     "adamerging_pp": "AdaMerging++ layer-wise",
     "adamerging_layer_kl": "AdaMerging layer-wise, KL",
     "adamerging_layer_kl_bf16": "AdaMerging layer-wise, KL, bf16",
+    "samerging": "SAMerging",
     "emr": "EMR-Merging",
     "tall": "TALL masks",
     "twin": "Twin-Merging",
     "wemoe": "WEMoE",
     "tact": "TACT",
+    "lora_tuned": "LoRA experts, task arithmetic",
+    "llora_tuned": "L-LoRA experts, task arithmetic",
 }
 # What a row shows; methods that are not named here are merges without learning, "static".
 KINDS = {
@@ -43,11 +46,14 @@ KINDS = {
     "adamerging_pp": "learned",
     "adamerging_layer_kl": "learned",
     "adamerging_layer_kl_bf16": "learned",
+    "samerging": "learned",
     "emr": "dynamic",
     "tall": "dynamic",
     "twin": "dynamic",
     "wemoe": "dynamic",
     "tact": "dynamic",
+    "lora_tuned": "adapters",
+    "llora_tuned": "adapters",
 }
 _TASK_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _PALETTES = {
@@ -55,6 +61,7 @@ _PALETTES = {
     "static": ("#d9d9d9", "#bdbdbd", "#969696", "#737373", "#525252", "#2f2f2f"),
     "learned": ("#9ecae1", "#6baed6", "#3182bd", "#08519c"),
     "dynamic": ("#a1d99b", "#74c476", "#31a354", "#006d2c"),
+    "adapters": ("#d4b9da", "#ae017e"),
 }
 
 

@@ -27,6 +27,7 @@ SETTINGS = Settings(
     tune_rows=8,
     task_arithmetic_grid=(0.3, 0.6),
     ties_grid=(0.5, 1.0),
+    lora_grid=(0.5, 1.0),
     curve_every=2,
     curve_rows=6,
 )

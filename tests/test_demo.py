@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 import fastmerge as fm
 from fastmerge import report
-from fastmerge.demo import evaluate, experts, measure, rows, run
+from fastmerge.demo import evaluate, experts, llora_rows, measure, rows, run
 from fastmerge.demo.data import DemoDataError
 from fastmerge.demo.model import head, merged_names, merged_state
 from fastmerge.demo.plan import plan
@@ -242,9 +243,10 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     learned = [name for name, kind in report.KINDS.items() if kind == "learned"]
     dynamic = [name for name, kind in report.KINDS.items() if kind == "dynamic"]
     static = [name for name in report.LABELS if report.kind(name) == "static"]
+    adapters = [name for name, kind in report.KINDS.items() if kind == "adapters"]
     assert named == [
         *((name, "strict") for name in ["pretrained", "individual", *static, *learned]),
-        *((name, "strict") for name in dynamic),
+        *((name, "strict") for name in [*dynamic, *adapters]),
         *((name, "paper") for name in learned),
     ]
     for row in finished:
@@ -269,6 +271,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
         "coefficients-adamerging_pp.png",
         "coefficients-adamerging_layer_kl.png",
         "coefficients-adamerging_layer_kl_bf16.png",
+        "coefficients-samerging.png",
         "routing-twin.png",
         "routing-wemoe.png",
     }
@@ -281,6 +284,34 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     notes = run.describe([row.record for row in finished], SETTINGS)
     assert any(note.startswith(f"Best learned {best:.1f} (AdaMerging") for note in notes)
     assert any(note.startswith("Best that keeps its experts") for note in notes)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_adapters_are_trained_from_one_start_and_merge_as_factors(bench, linear):
+    settings = replace(SETTINGS, lora_rank=2, lora_alpha=4.0, lora_rate=0.05, llora_rate=0.05)
+    bench = replace(bench, settings=settings)
+    trained = [p for p in bench.encoder.parameters() if p.requires_grad]
+    adapters = llora_rows.train_adapters(bench, linear)
+    assert [p for p in bench.encoder.parameters() if p.requires_grad] == trained
+    assert _same(merged_state(bench.encoder), bench.base)
+    assert len(adapters.start) == 4 and adapters.scaling == 2.0
+    for factors in adapters.factors.values():
+        for layer, (down, up) in factors.items():
+            assert up.any() and torch.equal(down, adapters.start[layer]) == linear
+
+    def at(scaling):
+        weights = adapters.weights(bench.base, bench.tasks, scaling)
+        return torch.cat([(w - bench.base[n]).flatten() for n, w in weights.items()])
+
+    bend = float((at(2.0) - 2 * at(1.0)).norm() / at(2.0).norm())
+    assert (bend < 1e-5) == linear
+    for task, split in bench.tasks.items():
+        before = F.cross_entropy(
+            bench.heads[task](bench.encoder(split.train.ids)), split.train.labels
+        )
+        with bench.holding(adapters.weights(bench.base, [task], 1.0)) as encoder:
+            logits = bench.heads[task](encoder(split.train.ids))
+        assert F.cross_entropy(logits, split.train.labels) < before
 
 
 def test_the_mixed_batch_has_rows_of_all_tasks_in_turn(bench):

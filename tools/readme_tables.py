@@ -30,10 +30,13 @@ NAMES = {
     "adamerging_pp": "AdaMerging++ layer-wise, entropy",
     "adamerging_layer_kl": "AdaMerging layer-wise, KL to the experts",
     "adamerging_layer_kl_bf16": "AdaMerging layer-wise, KL, learned in bf16",
+    "samerging": "SAMerging layer-wise",
     "emr": "EMR-Merging, task given",
     "tall": "TALL masks, task given",
     "twin": "Twin-Merging, routed",
     "wemoe": "WEMoE, routed",
+    "lora_tuned": "LoRA experts, task arithmetic, λ tuned",
+    "llora_tuned": "L-LoRA experts, task arithmetic, λ tuned",
 }
 RESULTS = ROOT / "benches" / "results"
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import DemoDataError
 from .model import Encoder, merged_state
@@ -71,8 +71,26 @@ def train(
     """
     base = merged_state(encoder)
     parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    try:
+        fit(encoder, parameters, settings.expert_rate, rows, head, settings, seed, step_done)
+        return merged_state(encoder)
+    finally:
+        encoder.load_state_dict(base, strict=False)
+
+
+def fit(
+    encoder: Encoder,
+    parameters: Sequence[nn.Parameter],
+    rate: float,
+    rows: Split,
+    head: Callable[[Tensor], Tensor],
+    settings: Settings,
+    seed: int,
+    step_done: Callable[[], None] = lambda: None,
+) -> None:
+    """The training of `train`, of these parameters at this rate; it leaves no gradients behind."""
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.expert_rate, weight_decay=settings.expert_decay, fused=True
+        parameters, lr=rate, weight_decay=settings.expert_decay, fused=True
     )
     steps, warmup = settings.expert_steps, settings.expert_warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -90,10 +108,8 @@ def train(
             optimizer.step()
             schedule.step()
             step_done()
-        return merged_state(encoder)
     finally:
         optimizer.zero_grad(set_to_none=True)
-        encoder.load_state_dict(base, strict=False)
 
 
 def obtain(
@@ -117,10 +133,14 @@ def obtain(
     path = cache / f"{name}.safetensors"
     if path.is_file():
         return Expert(_read(path, merged_state(encoder)), path, reused=True)
-    task_seed = zlib.crc32(f"{name} {seed}".encode())
-    state = train(encoder, task.train, head, settings, task_seed, step_done)
+    state = train(encoder, task.train, head, settings, task_seed(name, seed), step_done)
     _write(path, state)
     return Expert(state, path, reused=False)
+
+
+def task_seed(task: str, seed: int) -> int:
+    """The seed of a task's batches."""
+    return zlib.crc32(f"{task} {seed}".encode())
 
 
 def _write(path: Path, state: Mapping[str, Tensor]) -> None:

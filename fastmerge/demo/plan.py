@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .dynamic_rows import emr, tall, twin, wemoe
+from .llora_rows import llora, lora
 from .rows import Bench, Row, individual, learned, pretrained, static, tuned
 from .settings import Settings
 from .tact_row import tact
@@ -73,6 +74,8 @@ def _strict_rows(settings: Settings) -> list[Planned]:
         Planned("twin", twin),
         Planned("wemoe", wemoe),
         Planned("tact", tact),
+        Planned("lora_tuned", lora),
+        Planned("llora_tuned", llora),
     ]
 
 
@@ -88,6 +91,7 @@ def _learned_rows(settings: Settings, protocol: str) -> list[Planned]:
         "adamerging_pp": {"trim": pp},
         "adamerging_layer_kl": {"objective": "kl"},
         "adamerging_layer_kl_bf16": {"objective": "kl", "dtype": torch.bfloat16},
+        "samerging": {"objective": "kl", "sharp": True},
     }
 
     def row(method: str, options: dict[str, Any]) -> Planned:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 import fastmerge as fm
 
 from ..learning import CollapseWarning, ShuffledBatches
-from ..objectives import Batch, resolve_objective
+from ..objectives import Batch, kl_to_expert, resolve_objective
 from ..report import LABELS, Curve
 from .evaluate import accuracies, accuracy, embed
 from .measure import Cost, measured
@@ -266,12 +266,17 @@ def learned(
     protocol: str = "strict",
     trim: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    sharp: bool = False,
 ) -> Row:
-    """AdaMerging: coefficients learned from unlabelled rows; scored in fp32 whatever the dtype."""
+    """AdaMerging: coefficients learned from unlabelled rows; scored in fp32 whatever the dtype.
+
+    With `sharp` SAMerging: sharpness-aware steps from 0, by KL with a temperature.
+    """
     settings, encoder = bench.settings, bench.encoder
     adaptation = bench.adaptation(protocol)
     if objective == "kl":
         adaptation.prepare()
+    tempered = partial(kl_to_expert, temperature=settings.sharp_temperature)
     shown = {name: rows.first(settings.curve_rows) for name, rows in bench.scored.items()}
     with measured() as cost, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CollapseWarning)
@@ -281,13 +286,15 @@ def learned(
                 return accuracies(encoder, bench.heads, shown)
 
         coefficients = fm.attach(
-            encoder, bench.experts, granularity=granularity, init=settings.scaling, clamp=None,
-            include=INCLUDE, trim=trim,
+            encoder, bench.experts, granularity=granularity,
+            init=0.0 if sharp else settings.scaling, clamp=None, include=INCLUDE, trim=trim,
         )  # fmt: skip
         try:
             history = fm.learn(
                 encoder, coefficients, adaptation.batches(), heads=bench.heads,
-                objective=objective, steps=settings.adapt_steps, lr=settings.adapt_rate(objective),
+                objective=tempered if sharp else objective,
+                sharpness=settings.sharpness if sharp else 0.0,
+                steps=settings.adapt_steps, lr=settings.adapt_rate(objective),
                 expert_logits=adaptation.lookups if objective == "kl" else None,
                 evaluate=watch, evaluate_every=settings.curve_every, dtype=dtype,
             )  # fmt: skip

@@ -50,6 +50,9 @@ class Settings:
     kl_rate: float = 3e-2
     adapt_batch: int = 8  # rows of each task in a step
 
+    sharpness: float = 0.07  # SAMerging's radius and temperature
+    sharp_temperature: float = 2.0
+
     # The grids of the tuned static rows; the objective on `tune_rows` adapt rows picks from them.
     tune_rows: int = 64
     task_arithmetic_grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -60,6 +63,15 @@ class Settings:
     router_epochs: int = 10
     router_batch: int = 64
     router_rate: float = 3e-3
+
+    # Adapters, LoRA and linearised, of the L-LoRA paper's size. Its rate of 1e-5 is for thousands
+    # of steps. 80 development rows of each of trec, airline and products, seed 0 (standard error
+    # 2.3 points): L-LoRA experts reach 85.4 % at 3e-3 and 83.8 % at 1e-2, LoRA 84.2 % at 3e-3.
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_rate: float = 3e-3
+    llora_rate: float = 3e-3
+    lora_grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
     mixed_rows: int = 8  # rows of each task in the batch whose time is measured
 
@@ -84,6 +96,7 @@ class Settings:
             tune_rows=16,
             task_arithmetic_grid=(0.3, 0.6),
             ties_grid=(0.6, 1.2),
+            lora_grid=(0.3, 1.0),
             curve_every=3,
             curve_rows=20,
         )
