@@ -2,107 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
 
 import fastmerge as fm
-from fastmerge.deltas import Deltas, Dense, LowRank
-from fastmerge.modules.task_router import TaskRouter
-from fastmerge.modules.twin import TwinMerging, is_matrix, rank_of
 
-from .rebuilt import rebuilt
-from .side_by_side import Results, interleaved, synchronize
+from .dynamic_models import IMAGES_PER_TASK, ROWS, mixed_ids, routed
+from .forward_memory import PLAIN, peak_of_forward
+from .fusion_process import figures
+from .side_by_side import Results, interleaved
 from .step_models import draw_images
 from .vision import TASKS, build
 
-IMAGES_PER_TASK = 8
 CASE = f"ViT-B/32, a mixed batch of {TASKS * IMAGES_PER_TASK} images, K={TASKS}"
 
 
 @pytest.fixture(scope="module")
 def models(device, small):
     return build(small, device)
-
-
-def _mixed_ids() -> list[int]:
-    """A task for each image, none beside its like."""
-    return [i % TASKS for i in range(TASKS * IMAGES_PER_TASK)]
-
-
-def _by_task(model: fm.modules.dynamic.DynamicModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(images: torch.Tensor) -> torch.Tensor:
-        with fm.task(model, _mixed_ids()):
-            return model(images)
-
-    return run
-
-
-def _twin(base: torch.nn.Module) -> TwinMerging:
-    """Twin-Merging at a tenth of the rank, with random factors: no time depends on their values."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(like: torch.Tensor, *shape: int) -> torch.Tensor:
-        return 1e-2 * torch.randn(shape, generator=generator).to(like)
-
-    deltas: dict[str, Deltas] = {}
-    for name, p in base.named_parameters():
-        if is_matrix(p.shape):
-            rank = rank_of(p.shape, 0.1)
-            down = [draw(p, rank, *p.shape[1:]) for _ in range(TASKS)]
-            deltas[name] = LowRank(down, [draw(p, len(p), rank) for _ in range(TASKS)])
-        else:
-            deltas[name] = Dense([draw(p, *p.shape) for _ in range(TASKS)])
-    tasks = [f"task{k}" for k in range(TASKS)]
-    twin = TwinMerging(copy.deepcopy(base), deltas, tasks, features=_tokens).eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        twin.set_router(TaskRouter(len(base.norm.weight), tasks).to(base.norm.weight))
-    return twin
-
-
-def _tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the head of the vision model reads."""
-    return model.norm(model.blocks(model.patch(images).flatten(2).transpose(1, 2))).mean(1)
-
-
-def _by_weights(model: TwinMerging) -> Callable[[torch.Tensor], torch.Tensor]:
-    """All tasks in every sample, by weights that are there."""
-    generator = torch.Generator().manual_seed(2)
-    weights = torch.rand(TASKS * IMAGES_PER_TASK, TASKS, generator=generator).softmax(-1)
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        with model.select(weights.to(images)):
-            return model(images)
-
-    return run
-
-
-def _routed(base: nn.Module, experts: list[nn.Module], routing: str = "sample") -> nn.Module:
-    """WEMoE with routers by which samples differ, as trained ones' do."""
-    model = fm.build(base, experts, method="wemoe", routing=routing)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for router in model.routers:
-            noise = torch.randn(router.weight.shape, generator=generator)
-            router.weight.add_(noise.to(router.weight.device), alpha=0.1)
-    return model
-
-
-# {row of the results: how the base model and its experts become something to call with images}
-ROWS: dict[str, Callable] = {
-    "emr": lambda base, experts: _by_task(fm.build(base, experts, method="emr")),
-    "tall": lambda base, experts: _by_task(fm.build(base, experts, method="tall")),
-    "twin, one-hot": lambda base, experts: _by_task(_twin(base)),
-    "twin, dense": lambda base, experts: _by_weights(_twin(base)),
-    "twin, dense and its router": lambda base, experts: _twin(base),
-    "wemoe": _routed,
-    "wemoe, batch mean": lambda base, experts: _routed(base, experts, "batch"),
-}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -120,29 +40,51 @@ def test_mixed_batch(benchmark, name, models, device, rounds, small, results: Re
         benchmark.pedantic(variants[name], rounds=1)
 
 
-@torch.no_grad()
-def test_wemoe_beside_rebuilt_weights(models, device, rounds, small, results: Results):
-    """The rival builds every sample's MLPs, as the public code evaluates; it runs once."""
+def test_wemoe_beside_fusion_bench(models, device, rounds, small, results: Results, tmp_path):
+    """FusionBench's own class, which adds up the MLPs of every sample: one pass over the images.
+
+    Ours is timed before and after its process. Answers agree.
+    """
+    if device.type != "cpu":
+        pytest.skip("FusionBench's process runs on the CPU")
     base, experts = models
     images = draw_images(IMAGES_PER_TASK, small, device)
-    model = _routed(base, experts)
-    static = fm.merge(base, experts, method="task_arithmetic", scaling=0.3)
-    rival = rebuilt(static, base, experts, list(model.routers))
-    seconds = interleaved({"wemoe": lambda: model(images)}, device, max(3, rounds // 3))
-    begun = time.perf_counter()
-    expected = rival(images)
-    synchronize(device)
-    seconds["rebuilt for every sample"] = time.perf_counter() - begun
-    found = model(images)
+    model = routed(base, experts)
+    routers, outputs = tmp_path / "routers.safetensors", tmp_path / "outputs.safetensors"
+    save_file({name: p.detach() for name, p in model.routers.named_parameters()}, routers)
+    variants = {"plain forward": lambda: base(images), "wemoe": lambda: model(images)}
+    half = max(1, rounds // 6)
+    with torch.inference_mode():
+        before = interleaved(variants, device, half)
+        sizes = ["--images", str(IMAGES_PER_TASK), *(["--small"] if small else [])]
+        theirs = figures("fusion_wemoe.py", str(routers), str(outputs), *sizes)
+        if theirs is None:
+            pytest.skip("FASTMERGE_FUSIONBENCH names no interpreter")
+        after = interleaved(variants, device, half)
+        expected, found = load_file(outputs)["outputs"], model(images)
     assert (found - expected).norm() <= 1e-4 * expected.norm()
-    results.add("P8", CASE, seconds, "wemoe")
+    results.add("P8", f"{CASE}, FusionBench's process", theirs["seconds"], "plain forward")
+    ours = {name: (before[name] + after[name]) / 2 for name in variants}
+    beside = {"wemoe": ours["wemoe"], "fusion_bench": theirs["seconds"]["fusion_bench"]}
+    results.add("P8", f"{CASE}, beside FusionBench", beside, "wemoe")
+
+
+def test_memory(device, small, results: Results):
+    """The peak of a forward pass above what the model keeps, over the plain model's."""
+    if device.type != "cpu":
+        pytest.skip("measures a process's memory")
+    peaks = {way: peak_of_forward(way, small) for way in (PLAIN, "emr", "wemoe")}
+    if None in peaks.values():
+        pytest.skip("this system does not tell a process's peak memory")
+    for way, peak in peaks.items():
+        results.add_value("P8", f"{CASE}, memory", way, peak / peaks[PLAIN], PLAIN, peak)
 
 
 @pytest.mark.parametrize("method", ["emr", "tall"])
 def test_switch(method, models, results: Results):
     """Selecting a task for every sample, and going back: milliseconds."""
     base, experts = models
-    model, ids = fm.build(base, experts, method=method), _mixed_ids()
+    model, ids = fm.build(base, experts, method=method), mixed_ids()
     taken = []
     for _ in range(50):
         start = time.perf_counter()

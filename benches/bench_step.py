@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 
 import fastmerge as fm
 
+from .fusion_process import figures
 from .side_by_side import Results, captured, interleaved, synchronize
 from .step_memory import peak_in_fresh_process
 from .step_models import START, WAYS, Step, draw_images
@@ -98,25 +96,13 @@ def test_step(benchmark, images_per_task, models, device, rounds, small, results
     benchmark.pedantic(variants["fastmerge"], rounds=1)
 
 
-def _fusion_bench(images_per_task: int, rounds: int, small: bool) -> dict | None:
-    """FusionBench's step in a process of the interpreter that has it, None without one."""
-    interpreter = os.environ.get("FASTMERGE_FUSIONBENCH")
-    if interpreter is None:
-        return None
-    script = Path(__file__).with_name("fusion_step.py")
-    command = [interpreter, str(script), "--images", str(images_per_task), "--rounds", str(rounds)]
-    done = subprocess.run(
-        [*command, *(["--small"] if small else [])], check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("images_per_task", [1, 8])
 def test_fusion_bench_step(images_per_task, models, device, rounds, small, results: Results):
     """P3 and P4 of FusionBench's own classes, beside the plain step in the same process."""
     if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
         pytest.skip("measures a process's memory on the CPU")
-    found = _fusion_bench(images_per_task, max(3, rounds // 5), small)
+    sizes = ["--images", str(images_per_task), "--rounds", str(max(3, rounds // 5))]
+    found = figures("fusion_step.py", *sizes, *(["--small"] if small else []))
     if found is None:
         pytest.skip("FASTMERGE_FUSIONBENCH names no interpreter")
     truth = float(_truth(models, draw_images(images_per_task, small, device)).norm())

@@ -37,7 +37,8 @@ def peak_in_fresh_process(way: str, images_per_task: int, small: bool) -> int | 
     return int(done.stdout.split()[-1])
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes that the system tells of this process, such as VmRSS."""
     lines = (PROC / "status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -53,11 +54,11 @@ def main() -> None:
     images = draw_images(chosen.images, chosen.small, device)
     gc.collect()
     (PROC / "clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step = WAYS[chosen.way](base, experts)
     for _ in range(2):
         step(images)
-    print(_status("VmHWM") - before)
+    print(status("VmHWM") - before)
 
 
 if __name__ == "__main__":
