@@ -166,9 +166,15 @@ def _in_demo(name: str) -> str:
 
 
 def _named(name: str, folder: Path) -> str:
-    """A method's name, as a link from `folder` where it has a page."""
-    page = ROOT / "docs" / "methods" / f"{name}.md"
-    return f"[`{name}`]({page.relative_to(folder).as_posix()})" if page.exists() else f"`{name}`"
+    """A method's name, as a link from `folder` where it or its family has a page.
+
+    `adamerging.md` is the page of adamerging_task and adamerging_layer, too.
+    """
+    for end in [len(name), *(i for i in reversed(range(len(name))) if name[i] == "_")]:
+        page = ROOT / "docs" / "methods" / f"{name[:end]}.md"
+        if page.exists():
+            return f"[`{name}`]({page.relative_to(folder).as_posix()})"
+    return f"`{name}`"
 
 
 TABLES: dict[str, Callable[[], str]] = {
