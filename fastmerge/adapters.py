@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint import LoraCheckpoint
 from .checkpoint.lora import is_adapter
-from .deltas import Deltas, Dense, LowRank
+from .deltas import Deltas, Dense, LowRank, SharedDown
 from .sources import LoadedModel, named_experts
 
 
@@ -21,6 +21,7 @@ def adapter_deltas(
     tied: Mapping[str, str],
     *,
     allow_nonfinite: bool = False,
+    shared: bool = False,
 ) -> tuple[list[str], dict[str, Deltas]]:
     """The deltas of K adapters on one base, of the tensors that any of them changes.
 
@@ -32,6 +33,7 @@ def adapter_deltas(
         base: the base model's tensors.
         tied: {name in base: the name it is known by here} of its parameters.
         allow_nonfinite: accept NaN and Inf.
+        shared: `SharedDown` for a tensor of which several adapters have the same A.
 
     Returns:
         The K names, and {parameter name: deltas} in the order of `tied`.
@@ -53,7 +55,8 @@ def adapter_deltas(
                 (expert, checkpoint, change.get(name))
                 for (expert, checkpoint), change in zip(opened.items(), changes, strict=True)
             ]
-            deltas[name] = _deltas(name, base[name], row, allow_nonfinite)
+            form = _deltas(name, base[name], row, allow_nonfinite)
+            deltas[name] = _sharing(form) if shared else form
     return list(named), deltas
 
 
@@ -116,6 +119,16 @@ def _deltas(
         written = LowRank(down, up).task_vectors(base, dtype)
         taus = [whole.get(k, tau) for k, tau in enumerate(written)]
     return Dense([tau.to(base.dtype).contiguous() for tau in taus])
+
+
+def _sharing(form: Deltas) -> Deltas:
+    """The same with one down for all, if they are equal."""
+    if not isinstance(form, LowRank) or len(form) < 2:
+        return form
+    (down, _), *others = factors = form.factors()
+    if not len(down) or not all(torch.equal(down, other) for other, _ in others):
+        return form
+    return SharedDown(down.clone(), [up.contiguous() for _, up in factors])
 
 
 def selected(deltas: Mapping[str, Deltas], names: Collection[str]) -> dict[str, Deltas]:

@@ -191,7 +191,7 @@ def attach(
     statistics = running_statistics(model) if running_statistics_from == "experts" else []
     if deltas == "lora":
         expert_names, formats = adapter_deltas(
-            experts, read_tensors(model, "base"), tied, allow_nonfinite=allow_nonfinite
+            experts, read_tensors(model, "base"), tied, allow_nonfinite=allow_nonfinite, shared=True
         )
         formats, statistics = selected(formats, names), []
         names = list(formats)

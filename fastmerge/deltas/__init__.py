@@ -5,6 +5,7 @@ from .concrete import Concrete, Draw
 from .factor_pairs import FactorPairs
 from .low_rank import LowRank
 from .masked import Masked
+from .shared_down import SharedDown
 from .stored import Dense, Experts
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "LowRank",
     "Masked",
     "OwnOperations",
+    "SharedDown",
     "Stored",
 ]
