@@ -183,6 +183,22 @@ OTHERS: tuple[Entry, ...] = (
         meanings={"sharpness": "ρ", "granularity": "what shares coefficients", **_LEARNING},
     ),
     Entry(
+        name="expert_merging",
+        family="learned",
+        summary="coefficients of chunks that follow the experts' hidden states and predictions",
+        formula="θ₀ᶜ + Σ λₖᶜτₖᶜ, λ = argmin Σₜ ‖h − hₜ‖² + KL(expertₜ ‖ model) + γ mean |λ − λ⁰|",
+        source="arXiv 2509.25712",
+        call='fm.attach(..., granularity="chunk", chunks=fm.important_chunks(...)); fm.learn(...)',
+        home=_ATTACH + ",objectives:features_and_kl",
+        meanings={
+            "chunks": "ranges of rows in each tensor, {name: number}",
+            "anchor": "γ",
+            "temperature": "of the divergence",
+            "weight": "of the hidden states",
+            **_LEARNING,
+        },
+    ),
+    Entry(
         name="lorahub",
         family="learned",
         summary="coefficients searched by evaluations of a loss on a few examples, no gradients",

@@ -99,6 +99,7 @@ def learn(
     lr: float = 1e-3,
     schedule: str = "constant",
     sharpness: float = 0.0,
+    anchor: float = 0.0,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     evaluate: Callable[[], Any] | None = None,
     evaluate_every: int = 0,
@@ -135,6 +136,8 @@ def learn(
         sharpness: rho of SAM: a step follows the gradient at lambda + rho g / |g| instead of g, for
             twice the cost. SAMerging: 0.07, init 0 without clamp, 100 steps, and KL of temperature
             2, which is `functools.partial(fastmerge.objectives.kl_to_expert, temperature=2.0)`.
+        anchor: gamma of gamma mean |lambda - lambda at the start|, of the trained values, which is
+            added to the loss that steps follow and not to those reported.
         optimizer: function from the parameter list to an optimizer, instead of Adam.
         evaluate: called without arguments before the first step, every `evaluate_every` steps and
             at the end; its results (JSON-like) go to `History.evaluations`.
@@ -162,6 +165,7 @@ def learn(
 
     Source: AdaMerging (arXiv 2310.02575): init 0.3, Adam 1e-3, batch 16, 500 steps. WEMoE (arXiv
     2402.00433): Adam 1e-4, cosine, batch 16, 1000 steps. SAMerging (arXiv 2512.21288).
+    Expert Merging (arXiv 2509.25712): anchor, hidden states and KL (`objectives.features_and_kl`).
     """
     tasks = list(batches)
     loss_of = resolve_objective(objective)
@@ -170,12 +174,14 @@ def learn(
         raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype}")
-    if not 0 <= sharpness < math.inf:
-        raise ValueError(f"sharpness must be at least 0, got {sharpness}")
+    for name, value in (("sharpness", sharpness), ("anchor", anchor)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0, got {value}")
     check_attached(model)
     parameters = [p for p in coefficients.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("coefficients have no parameter that requires grad")
+    starts = [p.detach().clone() for p in parameters]
     stepper = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr)
     rates = [group["lr"] for group in stepper.param_groups]
     history = History(task_loss={t: [] for t in tasks}, entropy={t: [] for t in tasks})
@@ -201,6 +207,8 @@ def learn(
             values, logits = run_step({t: streams[t].next() for t in tasks}, step)
             losses = {task: float(value) for task, value in values.items()}
             _check_finite(losses, parameters, step)
+            if anchor:
+                _pull(parameters, starts, anchor)
             if schedule == "cosine":
                 for group, rate in zip(stepper.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
@@ -238,6 +246,16 @@ def check_arguments(tasks, heads, expert_logits, steps, evaluate, evaluate_every
         raise ValueError("evaluate_every needs evaluate")
     if patience is not None and patience < 1:
         raise ValueError(f"patience must be at least 1, got {patience}")
+
+
+@torch.no_grad()
+def _pull(parameters: list[nn.Parameter], starts: list[Tensor], anchor: float) -> None:
+    """Add the gradient of anchor * mean |parameter - start| to the parameters' gradients."""
+    count = sum(p.numel() for p in parameters)
+    for parameter, start in zip(parameters, starts, strict=True):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_((parameter - start).sign(), alpha=anchor / count)
 
 
 def _check_finite(losses: dict[str, float], parameters: list[nn.Parameter], step: int) -> None:

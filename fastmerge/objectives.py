@@ -43,13 +43,16 @@ def entropy(logits: Tensor, batch: Batch) -> Tensor:
     return softmax_entropy(logits).mean()
 
 
-def kl_to_expert(logits: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
+def kl_to_expert(
+    logits: Tensor, batch: Batch, temperature: float = 1.0, classes: int | None = None
+) -> Tensor:
     """Mean divergence from the expert's predictions, T^2 mean_x KL(p_expert(x) || p_merged(x)).
 
     Args:
         logits: [..., C].
         batch: its expert_logits [..., C] are the target.
         temperature: T, by which all logits are divided.
+        classes: how many of the last entries are logits, all by default.
 
     Raises:
         ValueError: there are no expert logits, or their shape differs.
@@ -67,12 +70,49 @@ def kl_to_expert(logits: Tensor, batch: Batch, temperature: float = 1.0) -> Tens
             f"expert logits of task {batch.task!r} have shape {list(target.shape)}, "
             f"expected {list(logits.shape)}"
         )
-    classes = logits.shape[-1]
-    merged, expert = (t.reshape(-1, classes).float() / temperature for t in (logits, target))
+    classes = classes or logits.shape[-1]
+    merged, expert = (
+        t[..., -classes:].reshape(-1, classes).float() / temperature for t in (logits, target)
+    )
     divergence = F.kl_div(
         merged.log_softmax(-1), expert.log_softmax(-1), reduction="batchmean", log_target=True
     )
     return divergence * temperature**2
+
+
+def features_and_kl(classes: int, temperature: float = 1.0, weight: float = 1.0) -> Objective:
+    """Distance from the expert's hidden states and divergence from its predictions.
+
+    weight mean (h_merged - h_expert)^2 + `kl_to_expert` of the logits, both with the heads' outputs
+    as they are: [h, logits] side by side, of model and expert alike.
+
+    Args:
+        classes: C, how many of the last entries are logits.
+        temperature: of the divergence.
+        weight: of the hidden states' mean squared error.
+
+    Returns:
+        An objective of outputs [..., H + C], H >= 1; its expert_logits are the expert's.
+
+    Raises:
+        ValueError: classes is not positive; in use, no expert, another shape, or no hidden states.
+
+    Source: Expert Merging (arXiv 2509.25712).
+    """
+    if classes < 1:
+        raise ValueError(f"classes must be at least 1, got {classes}")
+
+    def objective(outputs: Tensor, batch: Batch) -> Tensor:
+        if outputs.shape[-1] <= classes:
+            raise ValueError(
+                f"features_and_kl: task {batch.task!r} has outputs of {outputs.shape[-1]} entries, "
+                f"expected hidden states before the {classes} logits"
+            )
+        divergence = kl_to_expert(outputs, batch, temperature, classes)
+        hidden, expert = (t[..., :-classes].float() for t in (outputs, batch.expert_logits))
+        return divergence + weight * F.mse_loss(hidden, expert)
+
+    return objective
 
 
 def info_nce(temperature: float = 0.05) -> Objective:
