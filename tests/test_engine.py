@@ -58,6 +58,7 @@ METHODS = {
     "task_arithmetic": TaskArithmetic([0.5, -0.2, 0.4]),
     "ties": Ties(density=0.3),
     "ties of each tensor": Ties(density=0.3, scope="tensor", merge="sum"),
+    "metagpt": make_method("metagpt", vectors="ties", density=0.3),
 }
 
 
@@ -74,7 +75,7 @@ def test_bytes_are_those_of_the_merge_in_memory(tmp_path, method, dtype):
         assert torch.equal(tensor, expected[name])
 
 
-@pytest.mark.parametrize("name", ["ties", "ties of each tensor"])
+@pytest.mark.parametrize("name", ["ties", "ties of each tensor", "metagpt"])
 @pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 5}, {"max_memory": 1 << 16}])
 def test_bytes_do_not_depend_on_how_the_job_runs(tmp_path, name, options):
     folders, method = write_models(tmp_path), METHODS[name]
