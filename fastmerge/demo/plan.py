@@ -92,6 +92,7 @@ def _learned_rows(settings: Settings, protocol: str) -> list[Planned]:
         "adamerging_layer_kl": {"objective": "kl"},
         "adamerging_layer_kl_bf16": {"objective": "kl", "dtype": torch.bfloat16},
         "samerging": {"objective": "kl", "sharp": True},
+        "self_positioning": {"objective": "kl", "granularity": "task", "parametrization": "slerp"},
     }
 
     def row(method: str, options: dict[str, Any]) -> Planned:

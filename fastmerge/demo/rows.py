@@ -263,6 +263,7 @@ def learned(
     *,
     objective: str = "entropy",
     granularity: str = "layer",
+    parametrization: str = "identity",
     protocol: str = "strict",
     trim: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
@@ -270,7 +271,8 @@ def learned(
 ) -> Row:
     """AdaMerging: coefficients learned from unlabelled rows; scored in fp32 whatever the dtype.
 
-    With `sharp` SAMerging: sharpness-aware steps from 0, by KL with a temperature.
+    With `sharp` SAMerging: sharpness-aware steps from 0, by KL with a temperature. With the
+    parametrization "slerp" and granularity "task" Self Positioning.
     """
     settings, encoder = bench.settings, bench.encoder
     adaptation = bench.adaptation(protocol)
@@ -286,7 +288,7 @@ def learned(
                 return accuracies(encoder, bench.heads, shown)
 
         coefficients = fm.attach(
-            encoder, bench.experts, granularity=granularity,
+            encoder, bench.experts, granularity=granularity, parametrization=parametrization,
             init=0.0 if sharp else settings.scaling, clamp=None, include=INCLUDE, trim=trim,
         )  # fmt: skip
         try:

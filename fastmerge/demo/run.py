@@ -26,6 +26,7 @@ from .plan import Planned, plan
 from .settings import Settings
 
 _BEST = {"learned": "learned", "static": "static", "dynamic": "that keeps its experts"}
+_ONE_ROW = ("adamerging_task", "self_positioning")  # of coefficients: nothing to map
 
 
 def main(
@@ -200,7 +201,7 @@ def plot(run: Sequence[rows.Row], settings: Settings, out: Path) -> list[Path]:
                 )
             file = out / f"routing-{method}.png"
             files.append(report.routing(row.routing, settings.tasks, file, title))
-        if row.coefficients is not None and row.record["method"] != "adamerging_task":
+        if row.coefficients is not None and row.record["method"] not in _ONE_ROW:
             matrix, names = row.coefficients
             method = row.record["method"]
             title = f"{report.LABELS[method]}: coefficients of each tensor"
