@@ -87,6 +87,10 @@ _CUDA = (
     "ties_merge_out",
     "ties_masks",
     "elect",
+    "masked_weighted_sum",
+    "masked_coefficient_grad",
+    "masked_linear",
+    "masked_linear_backward",
 )
 
 

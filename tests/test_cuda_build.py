@@ -71,7 +71,7 @@ def test_rounding_and_access_width(nvcc, source: str, tmp_path: Path) -> None:
     assert ("ld.global.nc.v2" if source == "elect.cu" else "ld.global.nc.v4") in ptx
     assert not re.search(r"\b(fma|mad)\.rn\.f(32|64)", ptx)
     assert not re.search(r"\.(ftz|approx)\b", ptx)
-    if source in ("weighted_sum.cu", "combine_and_dot.cu", "ties.cu"):
+    if source in ("weighted_sum.cu", "combine_and_dot.cu", "ties.cu", "masked_combine.cu"):
         assert "st.global.v4" in ptx
 
 

@@ -96,6 +96,13 @@ Place make_place(int device, int multiprocessors, uintptr_t stream) {
   return {device, multiprocessors, stream};
 }
 
+void expect_at_most(const char* name, int64_t k) {
+  if (k <= cuda::kMaxDeltas) return;
+  throw std::invalid_argument(std::string(name) + ": the CUDA kernels take at most " +
+                              std::to_string(cuda::kMaxDeltas) + " per tensor, found " +
+                              std::to_string(k));
+}
+
 // The addresses of L base tensors and their K deltas each, checked and kept alive for a launch.
 class Tensors {
  public:
@@ -106,11 +113,7 @@ class Tensors {
     expect_count("deltas", deltas.size(), sizes.size() * k);
     expect_dtype("base_dtype", base_dtype);
     expect_dtype("delta_dtype", delta_dtype);
-    if (k > cuda::kMaxDeltas) {
-      throw std::invalid_argument("deltas: the CUDA kernels take at most " +
-                                  std::to_string(cuda::kMaxDeltas) + " per tensor, found " +
-                                  std::to_string(k));
-    }
+    expect_at_most("deltas", k);
     list_ = {sizes_.data(), bases_.data(), deltas_.data(), int64_t(sizes_.size()), k,
              base_dtype,    delta_dtype,   experts};
   }
@@ -226,6 +229,23 @@ void elect(const Place& place, const Tensors& tensors, uintptr_t unified, uintpt
                               unified_dtype, leave_out, place.multiprocessors});
 }
 
+void masked_combine(const Place& place, uintptr_t base, uintptr_t unified, const Addresses& masks,
+                    uintptr_t coefficients, uintptr_t out, uintptr_t grad, uintptr_t dots,
+                    uintptr_t scratch, int64_t rows, int64_t columns, int base_dtype,
+                    int unified_dtype, int out_dtype, int grad_dtype) {
+  for (int dtype : {base_dtype, unified_dtype, out_dtype, grad_dtype}) expect_dtype("dtype", dtype);
+  expect_at_most("masks", int64_t(masks.size()));
+  std::vector<const uint8_t*> mask_pointers;
+  for (uintptr_t mask : masks) mask_pointers.push_back(pointer<const uint8_t>(mask));
+  py::gil_scoped_release release;
+  place.run(cuda::masked_combine,
+            cuda::MaskedCombineParams{
+                pointer<const void>(base), pointer<const void>(unified), mask_pointers.data(),
+                pointer<const float>(coefficients), pointer<void>(out), pointer<const void>(grad),
+                pointer<double>(dots), pointer<double>(scratch), int64_t(masks.size()), rows,
+                columns, base_dtype, unified_dtype, out_dtype, grad_dtype, place.multiprocessors});
+}
+
 void probe(int device, uintptr_t arch, uintptr_t stream) {
   make_place(device, 1, stream).run(cuda::probe, cuda::ProbeParams{pointer<int32_t>(arch)});
 }
@@ -255,6 +275,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("mask_scratch_doubles", &mask_scratch_doubles, py::arg("rows"), py::arg("columns"),
         py::arg("k"), "The same for masks that are packed row by row.");
   m.def("elect", &elect);
+  m.def("masked_combine", &masked_combine);
   m.attr("histogram_bins") = cuda::kHistogramBins;
   m.attr("max_deltas") = cuda::kMaxDeltas;
   m.def("device_info", &device_info,

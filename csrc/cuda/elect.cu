@@ -182,25 +182,6 @@ __global__ void __launch_bounds__(dot_threads(kWidth), resident(dot_threads(kWid
   }
 }
 
-struct SumArguments {
-  const double* partials;  // [blocks, columns]
-  double* sums;            // [columns]
-  int64_t blocks;
-  int64_t columns;
-};
-
-// sums[c] = sum over the blocks, in order, of their partial sums.
-__global__ void __launch_bounds__(kSumThreads)
-    sum_blocks_kernel(const __grid_constant__ SumArguments p) {
-  for (int64_t c = blockIdx.x * kSumThreads + threadIdx.x; c < p.columns;
-       c += int64_t(gridDim.x) * kSumThreads) {
-    double sum = 0.0;
-#pragma unroll 16
-    for (int64_t b = 0; b < p.blocks; ++b) sum += p.partials[b * p.columns + c];
-    p.sums[c] = sum == sum ? sum : __longlong_as_double(0x7ff8000000000000LL);
-  }
-}
-
 }  // namespace
 
 cudaError_t elect(ElectParams p, cudaStream_t stream) {

@@ -46,7 +46,7 @@ class MaskedKernels:
 
     def _combine(self, deltas, coefficients=None, **tensors) -> Tensor | None:
         unified, *masks = deltas
-        lam = [] if coefficients is None else coefficients.tolist()
+        lam = () if coefficients is None else coefficients
         return self.kernels.masked_combine(
             unified, masks, tuple(unified.shape), coefficients=lam, **tensors
         )
@@ -63,7 +63,7 @@ def panel_linear(
 ) -> PanelLinear:
     """The panel strategy for one row of coefficients [K]; the rest as in `MaskedPanels`."""
     deltas = [unified, *masks.unbind()]
-    lam = coefficients.float()
+    lam = coefficients.float().contiguous()
     return PanelLinear(MaskedKernels(kernels), base, deltas, lam, False, transpose, dtype)
 
 

@@ -130,15 +130,12 @@ def _compiled(base, unified, masks, coefficients, dtype):
     kernels = native_kernels("masked_combine", base, unified, coefficients, out)
     if kernels is None:
         return _reference(base, unified, masks, coefficients, dtype)
-    lam = coefficients.float().tolist()
-    used = [k for k, value in enumerate(lam) if value != 0]
-    masks = native_masks(masks)
     kernels.masked_combine(
         unified.contiguous(),
-        [masks[k] for k in used],
+        native_masks(masks).unbind(),
         mask_rows(base.shape),
         base=base.contiguous(),
-        coefficients=[lam[k] for k in used],
+        coefficients=coefficients.float().contiguous(),
         out=out,
     )
     return out

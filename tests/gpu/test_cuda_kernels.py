@@ -10,7 +10,7 @@ import torch
 
 from fastmerge import _native
 from fastmerge._native import cpu, cuda, extensions
-from fastmerge.ops._bits import mask_rows, packed_shape
+from fastmerge.ops._bits import mask_rows, pack_bits, packed_shape
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.unavailable_reason())
 
@@ -411,3 +411,58 @@ def test_elect(device, shape: tuple[int, ...], experts: bool) -> None:
             results.append((unified, masks, sums))
         for found, expected in zip(results[1], results[0], strict=True):
             same_bytes(found, expected)
+
+
+@pytest.mark.parametrize("parts", ["sum", "dots", "both"])
+@pytest.mark.parametrize("shape", [(0,), (513,), (8200,), (3, 5), (2, 8195), (3, 8256)], ids=str)
+def test_masked_combine(device, shape: tuple[int, ...], parts: str) -> None:
+    for index, count in enumerate([1, 9]):
+        dtypes = [DTYPES[(index + len(shape)) % 3], DTYPES[index], DTYPES[index]]
+        size, (rows, columns) = math.prod(shape), mask_rows(shape)
+        case = Case(size, count, dtypes[0], dtypes[1], dtypes[2], seed=index)
+        case.deltas[0][1::5] = -0.0
+        case.coefficients[count // 2] = 0
+        generator = torch.Generator().manual_seed(index)
+        bits = torch.rand(count, rows, columns, generator=generator) < 0.5
+        packed = pack_bits(bits)
+        results = []
+        for kernels, where, offset in ((cpu, "cpu", 0), (cuda, device, index)):
+            moved, masks = case.on(where, offset), packed.to(where).unbind()
+            out = poisoned(size, dtypes[1], where, offset) if parts != "dots" else None
+            dots = kernels.masked_combine(
+                moved.deltas[0],
+                masks,
+                (rows, columns),
+                base=None if index and parts == "sum" else moved.base,
+                coefficients=() if out is None else moved.coefficients,
+                out=out,
+                grad=None if parts == "sum" else moved.grad,
+            )
+            results.append([t for t in (out, dots) if t is not None])
+        for found, expected in zip(results[1], results[0], strict=True):
+            same_bytes(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_combine_of_special_values(device, dtype) -> None:
+    """In place; a coefficient of 0 leaves its mask out, whatever the unified vector is there."""
+    pairs = torch.tensor(list(itertools.product(SPECIAL, SPECIAL))).to(dtype)
+    base, unified = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+    masks = pack_bits(torch.rand(3, 1, 64, generator=torch.Generator().manual_seed(1)) < 0.6)
+    lam = torch.tensor([0.5, 0.0, -2.0])
+    results = []
+    for kernels, where in ((cpu, "cpu"), (cuda, device)):
+        out = base.clone().to(where)
+        kernels.masked_combine(
+            unified.to(where),
+            masks.to(where).unbind(),
+            (1, 64),
+            base=out,
+            coefficients=lam.to(where),
+            out=out,
+        )
+        results.append(out)
+    same_bytes(results[1], results[0])
+    too_many = masks[:1].expand(extensions.cuda.max_deltas + 1, 1, 8).to(device).unbind()
+    with pytest.raises(ValueError, match="masks: the CUDA kernels take at most 256"):
+        cuda.masked_combine(unified.to(device), too_many, (1, 64), grad=unified.to(device))

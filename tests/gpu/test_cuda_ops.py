@@ -9,6 +9,7 @@ import fastmerge
 import fastmerge.ops
 from fastmerge import _native
 from fastmerge._native import cpu, cuda
+from fastmerge.ops._bits import pack_rows
 
 from .test_cuda_kernels import Case, random_tensor, run_streaming, same_bytes
 
@@ -36,6 +37,11 @@ def run_ops(device: torch.device | str) -> list[torch.Tensor]:
         fastmerge.ops.ties_masks(deltas, density=0.4),
         *fastmerge.ops.elect(deltas),
     ]
+    found = fastmerge.ops.elect(deltas)
+    results += [
+        ops.masked_weighted_sum(base, found.unified, found.masks, case.coefficients, torch.float32),
+        ops.masked_coefficient_grad(grad, found.unified, found.masks),
+    ]
     outs = [torch.empty_like(base) for _ in range(3)]
     fastmerge.ops.weighted_sum([base] * 3, [deltas] * 3, case.coefficients, out=outs)
     return [*results, *outs]
@@ -47,22 +53,28 @@ def test_ops_give_the_cpu_kernels_bytes(device, on_cpu) -> None:
         same_bytes(found, expected)
 
 
-def run_linear(device, rows: int, transpose: bool) -> list[torch.Tensor]:
+def run_linear(device, rows: int, transpose: bool, masked: bool) -> list[torch.Tensor]:
     x = random_tensor(rows * 96, torch.float32, 1).view(rows, 96)
     shape = (96, 200) if transpose else (200, 96)
     base, *deltas = (random_tensor(200 * 96, torch.float32, 2 + i).view(shape) for i in range(5))
     leaves = [x.to(device).requires_grad_(), torch.full((4,), 0.3, device=device).requires_grad_()]
     deltas = [d.to(device) for d in deltas]
-    y = ops.merged_linear(leaves[0], base.to(device), deltas, leaves[1], None, False, transpose)
+    layer = leaves[0], base.to(device)
+    if masked:
+        bits = pack_rows(torch.stack([d > 0 for d in deltas]))
+        y = ops.masked_linear(*layer, deltas[0], bits, leaves[1], None, transpose)
+    else:
+        y = ops.merged_linear(*layer, deltas, leaves[1], None, False, transpose)
     y.square().sum().backward()
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["merged", "masked"])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_merged_linear_panels(device, on_cpu, transpose: bool) -> None:
+def test_panels_of_linear_layers(device, on_cpu, transpose: bool, masked: bool) -> None:
     with fastmerge.use_backend("native"):
-        found = run_linear(device, 33, transpose)
-        expected = on_cpu(run_linear, "cpu", 33, transpose)
+        found = run_linear(device, 33, transpose, masked)
+        expected = on_cpu(run_linear, "cpu", 33, transpose, masked)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f.cpu(), e, rtol=1e-4, atol=1e-3)
 

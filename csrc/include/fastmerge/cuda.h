@@ -161,6 +161,28 @@ static inline int64_t mask_blocks(int64_t rows, int64_t columns) {
   return columns % 8 == 0 ? block_count(rows * columns) : rows * block_count(columns);
 }
 
+// out = base + sum_k coefficients[k] * (unified where masks[k]) and dots[k] = <grad, unified where
+// masks[k]>. A null base stands for zeros; out may be base; a null out or grad: not that result.
+// Without grad a coefficient of 0 leaves its mask out. Masks are packed as `elect` writes them.
+struct MaskedCombineParams {
+  const void* base;
+  const void* unified;
+  const uint8_t* const* masks;  // [K], each [rows, ceil(columns / 8)]
+  const float* coefficients;    // [K], null without out
+  void* out;
+  const void* grad;
+  double* dots;     // [K]
+  double* scratch;  // [mask_blocks(rows, columns), K]
+  int64_t k;
+  int64_t rows;
+  int64_t columns;
+  int base_dtype;
+  int unified_dtype;
+  int out_dtype;
+  int grad_dtype;
+  int multiprocessors;
+};
+
 cudaError_t weighted_sum(WeightedSumParams params, cudaStream_t stream);
 cudaError_t coefficient_grad(CoefficientGradParams params, cudaStream_t stream);
 cudaError_t combine_and_dot(CombineAndDotParams params, cudaStream_t stream);
@@ -169,6 +191,7 @@ cudaError_t magnitude_refine(MagnitudeRefineParams params, cudaStream_t stream);
 cudaError_t ties_merge(TiesMergeParams params, cudaStream_t stream);
 cudaError_t ties_masks(TiesMasksParams params, cudaStream_t stream);
 cudaError_t elect(ElectParams params, cudaStream_t stream);
+cudaError_t masked_combine(MaskedCombineParams params, cudaStream_t stream);
 cudaError_t probe(ProbeParams params, cudaStream_t stream);
 
 // Whether the binary holds code for the current device; needs no launch.

@@ -18,7 +18,7 @@ def masked_combine(
     shape: tuple[int, int],
     *,
     base: Tensor | None = None,
-    coefficients: Sequence[float] = (),
+    coefficients: Sequence[float] | Tensor = (),
     out: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> Tensor | None:
@@ -30,13 +30,19 @@ def masked_combine(
         masks: K tensors uint8 [rows, ceil(columns / 8)], each contiguous.
         shape: (rows, columns) of the tensors.
         base: None stands for zeros.
-        coefficients: K numbers, with `out`.
+        coefficients: K numbers, with `out`; fp32 [K] as a tensor. Without `grad` a 0 in a tensor
+            leaves its mask out.
         out: may be base; None: no sum.
         grad: None: no inner products.
 
     Returns:
         fp64 [K], None without `grad`.
     """
+    if isinstance(coefficients, Tensor):
+        coefficients = coefficients.tolist()
+        if grad is None:
+            used = [k for k, value in enumerate(coefficients) if value != 0]
+            masks, coefficients = [masks[k] for k in used], [coefficients[k] for k in used]
     dots = scratch = None
     if unified.numel() == 0:  # without addresses
         return None if grad is None else torch.zeros(len(masks), dtype=torch.float64)

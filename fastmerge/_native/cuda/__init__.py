@@ -12,5 +12,6 @@ from .coefficient_grad import coefficient_grad
 from .combine_and_dot import combine_and_dot
 from .elect import elect
 from .magnitude_histogram import magnitude_histogram, magnitude_threshold
+from .masked_combine import masked_combine
 from .ties import ties_masks, ties_merge
 from .weighted_sum import weighted_sum
