@@ -160,6 +160,20 @@ def test_any_merged_model_is_left_as_it_was_by_remove():
         dyn.fold("b")
 
 
+def test_an_attached_model_is_corrected_like_a_built_one():
+    merged, experts, inputs = setting()
+    torch.manual_seed(0)
+    attached = Net().double().eval()  # the base model again
+    fm.attach(attached, experts, granularity="task", init=0.3, clamp=None)
+    found = fm.build(attached, experts, method="tact", inputs=inputs)
+    expected = fm.build(merged, experts, method="tact", inputs=inputs)
+    for task in TASKS:
+        with fm.task(found, task), fm.task(expected, task):
+            assert torch.allclose(found(inputs[task]), expected(inputs[task]), atol=1e-6)
+        folded = fm.fold(expected, task)
+        assert all(torch.allclose(t, folded[n], atol=1e-6) for n, t in fm.fold(found, task).items())
+
+
 def test_save_and_load(tmp_path):
     merged, experts, inputs = setting(dtype=torch.float32)
     states = {task: expert.state_dict() for task, expert in experts.items()}
