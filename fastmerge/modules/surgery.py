@@ -3,10 +3,8 @@ back towards those of each task's expert."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +12,12 @@ from torch import Tensor, nn
 
 from ..ops import residual_adapter
 from ..sources import named_experts
-from .dynamic import DynamicModel, check_batch
-from .fingerprint import fingerprint
+from .corrected import CorrectedModel, Correction, check_samples, encoder_of, selecting
+from .dynamic import DynamicModel
 from .representations import Site, find_sites
 
 
-class Surgery(DynamicModel):
+class Surgery(CorrectedModel):
     """A merged model whose final representation is corrected for the sample's task.
 
     z <- z - U_t relu(V_t z), V_t [rank, d], U_t [d, rank], t the task. U starts at 0, that is at
@@ -57,14 +55,13 @@ class Surgery(DynamicModel):
         *,
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(model, tasks)
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         if not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"surgery needs different tasks, got {list(tasks)}")
-        self.model, self.tasks, self.rank = model, list(tasks), rank
-        self.count: int | None = None
-        modules = dict(encoder_of(model).named_modules())
+        self.rank = rank
+        modules = dict(self.encoder.named_modules())
         absent = [site.label for site in sites if site.module not in modules]
         if absent:
             raise ValueError(f"the adapters are another model's: this one has no {absent[0]!r}")
@@ -73,10 +70,7 @@ class Surgery(DynamicModel):
         self.adapters = nn.ModuleList(
             Adapters(site, len(self.tasks), rank, generator).to(device) for site in sites
         )
-        self._hooks = [
-            modules[adapters.site.module].register_forward_hook(adapters.correct)
-            for adapters in self.adapters
-        ]
+        self._install((adapters.site.module, adapters) for adapters in self.adapters)
 
     @classmethod
     def build(
@@ -132,43 +126,9 @@ class Surgery(DynamicModel):
         return cls(model, tasks, sites, rank, seed=seed)
 
     @property
-    def encoder(self) -> nn.Module:
-        return encoder_of(self.model)
-
-    @property
     def sites(self) -> list[Site]:
         """The representations that are corrected."""
         return [adapters.site for adapters in self.adapters]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.adapters[0].tasks is None:
-            raise RuntimeError(
-                "no task is selected: run the model within `with fastmerge.task(model, ids)`"
-            )
-        if self.count is not None:
-            check_batch(self.count, args, kwargs)
-        return self.model(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def select(self, rows: Tensor) -> Iterator[None]:
-        former = self.count, self.adapters[0].tasks
-        with selecting(self.model, rows):
-            try:
-                self._set(None if rows.dim() == 1 else len(rows), rows.argmax(-1))
-                yield
-            finally:
-                self._set(*former)
-
-    def _set(self, count: int | None, tasks: Tensor | None) -> None:
-        self.count = count
-        for adapters in self.adapters:
-            adapters.tasks = tasks
-
-    def remove(self) -> nn.Module:
-        """Take the hooks off the merged model, and return it as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        return self.model
 
     def fold(self, task: str) -> dict[str, Tensor]:
         raise TypeError(
@@ -194,14 +154,6 @@ class Surgery(DynamicModel):
         surgery.adapters.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         return surgery
 
-    @classmethod
-    def fingerprint_of(cls, model: nn.Module) -> str:
-        """Of the merged model; of a dynamic one, what it has of its base and what it saves."""
-        if not isinstance(model, DynamicModel):
-            return fingerprint(model.state_dict())
-        parts = f"{model.method} {model.base} {model.config()} {fingerprint(model.tensors())}"
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
 
 class SurgeryV2(Surgery):
     """A merged model whose every block is corrected for the sample's task, on all tokens.
@@ -216,7 +168,7 @@ class SurgeryV2(Surgery):
     deep = True
 
 
-class Adapters(nn.Module):
+class Adapters(Correction):
     """The K tasks' adapters of one representation.
 
     Args:
@@ -228,7 +180,6 @@ class Adapters(nn.Module):
     Attributes:
         down: [K, rank, d].
         up: [K, d, rank].
-        tasks: the tasks that are selected, int64 [] or [B]; None: nothing is corrected.
     """
 
     def __init__(self, site: Site, count: int, rank: int, generator: torch.Generator):
@@ -238,7 +189,6 @@ class Adapters(nn.Module):
         down = torch.empty(count, rank, site.width).uniform_(-bound, bound, generator=generator)
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(torch.zeros(count, site.width, rank))
-        self.tasks: Tensor | None = None
 
     def forward(self, representation: Tensor) -> Tensor:
         """The representation [B, ..., d] of the selected tasks, corrected.
@@ -246,17 +196,13 @@ class Adapters(nn.Module):
         Raises:
             ValueError: another width, or a number of rows that the samples do not divide.
         """
-        width, rows = representation.shape[-1], representation.shape[:-1].numel()
+        width = representation.shape[-1]
         if width != self.site.width:
             raise ValueError(
                 f"{self.site.label!r} gives {list(representation.shape)}, its adapters have width "
                 f"{self.site.width}"
             )
-        if rows % max(1, self.tasks.numel()):
-            raise ValueError(
-                f"{self.site.label!r} gives {list(representation.shape)} for "
-                f"{self.tasks.numel()} task ids, expected samples in the first dimension"
-            )
+        check_samples(representation, self.tasks, self.site.label)
         return residual_adapter(representation, self.down, self.up, self.tasks)
 
     def correct(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -266,15 +212,3 @@ class Adapters(nn.Module):
     def extra_repr(self) -> str:
         count, rank, width = self.down.shape
         return f"{self.site.label}, tasks={count}, rank={rank}, width={width}"
-
-
-def encoder_of(model: nn.Module) -> nn.Module:
-    """The module that computes: of a dynamic model the one within."""
-    return model.model if isinstance(model, DynamicModel) else model
-
-
-def selecting(model: nn.Module, rows: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Within the context, a dynamic model computes with these tasks, if it takes any."""
-    if not isinstance(model, DynamicModel) or type(model).select is DynamicModel.select:
-        return contextlib.nullcontext()
-    return model.select(rows)

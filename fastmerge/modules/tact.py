@@ -15,9 +15,9 @@ from ..attachment import parameter_places
 from ..checking import Patterns, matches
 from ..learning_step import call_model
 from ..sources import named_experts
-from .dynamic import DynamicModel, check_batch
+from .corrected import CorrectedModel, Correction, check_samples, encoder_of, selecting
+from .dynamic import DynamicModel
 from .expert_representations import Expert, Mask, attention_mask
-from .surgery import Surgery, encoder_of, selecting
 
 LINEAR = (nn.Linear, _ConvNd)
 NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)
@@ -25,7 +25,7 @@ Moments = tuple[Tensor, Tensor]
 Hook = Callable[[nn.Module, Any, Any], Any]
 
 
-class Tact(DynamicModel):
+class Tact(CorrectedModel):
     """A merged model whose layers are corrected by an affine of each channel for the task.
 
     z <- gamma_t z + beta_t after every corrected layer, gamma = (sigma_t + eps) / (sigma_m + eps),
@@ -55,10 +55,8 @@ class Tact(DynamicModel):
         tasks: Sequence[str],
         affines: Mapping[str, tuple[Tensor, Tensor]],
     ):
-        super().__init__()
-        self.model, self.tasks = model, list(tasks)
-        self.count: int | None = None
-        modules = dict(encoder_of(model).named_modules())
+        super().__init__(model, tasks)
+        modules = dict(self.encoder.named_modules())
         absent = [name for name in affines if name not in modules]
         if absent:
             raise ValueError(f"the affines are another model's: this one has no {absent[0]!r}")
@@ -67,10 +65,7 @@ class Tact(DynamicModel):
             for name, (gamma, beta) in affines.items()
         }
         self.corrections = nn.ModuleList(self.affines.values())
-        self._hooks = [
-            modules[name].register_forward_hook(affine.correct)
-            for name, affine in self.affines.items()
-        ]
+        self._install(self.affines.items())
 
     @classmethod
     def build(
@@ -99,7 +94,7 @@ class Tact(DynamicModel):
             ValueError: tasks of inputs and experts differ, no layer is found, one runs more than
                 once, or an expert does not fit the model.
         """
-        if isinstance(model, (Surgery, Tact)):
+        if isinstance(model, CorrectedModel):
             raise ValueError("the model is corrected already")
         if not epsilon >= 0:
             raise ValueError(f"epsilon must not be negative, got {epsilon}")
@@ -126,36 +121,6 @@ class Tact(DynamicModel):
             for name in ran
         }
         return cls(model, list(named), stacked)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.corrections[0].tasks is None:
-            raise RuntimeError(
-                "no task is selected: run the model within `with fastmerge.task(model, ids)`"
-            )
-        if self.count is not None:
-            check_batch(self.count, args, kwargs)
-        return self.model(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def select(self, rows: Tensor) -> Iterator[None]:
-        former = self.count, self.corrections[0].tasks
-        with selecting(self.model, rows):
-            try:
-                self._set(None if rows.dim() == 1 else len(rows), rows.argmax(-1))
-                yield
-            finally:
-                self._set(*former)
-
-    def _set(self, count: int | None, tasks: Tensor | None) -> None:
-        self.count = count
-        for affine in self.corrections:
-            affine.tasks = tasks
-
-    def remove(self) -> nn.Module:
-        """Take the hooks off the merged model, and return it as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        return self.model
 
     def fold(self, task: str) -> dict[str, Tensor]:
         """The affines of a task written into weights and biases: W <- gamma W, b <- gamma b + beta.
@@ -204,21 +169,14 @@ class Tact(DynamicModel):
         affines = {n: (tensors[f"gamma.{n}"], tensors[f"beta.{n}"]) for n in config["layers"]}
         return cls(model, config["tasks"], affines)
 
-    @classmethod
-    def fingerprint_of(cls, model: nn.Module) -> str:
-        return Surgery.fingerprint_of(model)
 
-
-class Affine(nn.Module):
+class Affine(Correction):
     """The K tasks' affines of one module's output.
 
     Args:
         label: the module's name.
         dim: the dimension of its channels.
         gamma, beta: [K, C], buffers.
-
-    Attributes:
-        tasks: the tasks that are selected, int64 [] or [B]; None: nothing is corrected.
     """
 
     def __init__(self, label: str, dim: int, gamma: Tensor, beta: Tensor):
@@ -228,19 +186,14 @@ class Affine(nn.Module):
         self.beta: Tensor
         self.register_buffer("gamma", gamma)
         self.register_buffer("beta", beta)
-        self.tasks: Tensor | None = None
 
     def correct(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """A forward hook: the output, corrected while a task is selected."""
         if self.tasks is None:
             return output
         value = output.movedim(self.dim, -1)
+        check_samples(value, self.tasks, self.label)
         groups = self.tasks.numel()
-        if value.shape[:-1].numel() % groups:
-            raise ValueError(
-                f"{self.label!r} gives {list(output.shape)} for {groups} task ids, expected "
-                "samples in the first dimension"
-            )
         flat = value.reshape(groups, -1, value.shape[-1])
         gamma, beta = (p[self.tasks].view(groups, 1, -1) for p in (self.gamma, self.beta))
         corrected = (flat * gamma + beta).to(output.dtype).view(value.shape)
