@@ -57,9 +57,10 @@ def native_kernels(op: str, *tensors: torch.Tensor | None) -> ModuleType | None:
     if forced == "reference":
         return None
     given = [t for t in tensors if t is not None]
-    unsupported = sorted(str(t.dtype) for t in given if t.dtype not in NATIVE_DTYPES)
-    if unsupported:
-        kernels, reason = None, f"dtype {unsupported[0]} is computed by the reference"
+    dtypes = {t.dtype for t in given}
+    if not dtypes <= NATIVE_DTYPES:
+        unsupported = min(str(dtype) for dtype in dtypes - NATIVE_DTYPES)
+        kernels, reason = None, f"dtype {unsupported} is computed by the reference"
     else:
         kernels, reason = _native.for_device(given[0].device)
         if kernels is not None and hasattr(_native.cpu, op) and not hasattr(kernels, op):

@@ -90,15 +90,19 @@ def _merged_linear(how: str, x: Tensor, weight: Any, bias: Tensor | None) -> Ten
     if weight.per_sample or isinstance(bias, SampleValues):
         return merged_samples.linear(how, x, weight, bias)
     weight.count(how, x.shape[:-1].numel(), x.dtype)
+    chunks = weight.chunks()
+    whole = bias is None or len(chunks) == 1
+    parts = [bias if whole else bias[start:stop] for start, stop, *_ in chunks]
     outputs = [
-        ops.merged_linear(x, base.flatten(1), deltas.flat(), row, _slice(bias, start, stop))
-        for start, stop, base, deltas, row in weight.chunks()
+        ops.merged_linear(x, *_matrix(base, deltas), row, part)
+        for (_, _, base, deltas, row), part in zip(chunks, parts, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def _slice(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if bias is None else bias[start:stop]
+def _matrix(base: Tensor, deltas: Deltas) -> tuple[Tensor, Deltas]:
+    """Base and deltas as [O, I]."""
+    return (base, deltas) if base.dim() == 2 else (base.flatten(1), deltas.flat())
 
 
 @implements(torch.addmm)
@@ -283,7 +287,10 @@ def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     shape = list(normalized_shape)
-    return _norm(lambda x: F.layer_norm(x, shape, eps=eps), input, len(shape), weight, bias)
+    per_sample = _norm(lambda x: F.layer_norm(x, shape, eps=eps), input, len(shape), weight, bias)
+    if per_sample is not NotImplemented or not isinstance(input, Tensor):
+        return per_sample
+    return F.layer_norm(build(input), shape, build(weight), build(bias), eps)
 
 
 @implements(F.rms_norm)

@@ -167,6 +167,7 @@ def test_a_pass_ends_with_the_model_s_call(it):
     assert torch.equal(copied(it.x), it.net(it.x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_models_without_merged_weights_keep_no_hooks(it):
     fm.materialize(it.net)
     assert not it.net._forward_hooks and not it.net._forward_pre_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -103,6 +104,16 @@ def _register_autograd(name: str, differentiable: Callable) -> None:
         return differentiable(run, args) if wanted else run(args)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def without_autograd() -> contextlib.AbstractContextManager:
+    """Skips autograd's kernels in what a backward pass computes, unless that is differentiated.
+
+    Saved tensors are read before: activation checkpointing computes them again, with autograd.
+    """
+    if torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def refuse_gradient(op: str, argument: str, tensors: Tensor | Sequence[Tensor]) -> None:

@@ -102,8 +102,7 @@ class PanelLinear:
             torch.mm(left.t(), right, out=out)
 
         def combine(start: int, stop: int, out: Tensor, grad: Tensor | None) -> None:
-            panel = [d[start:stop] for d in self.deltas]
-            base = self.base[start:stop]
+            base, panel = self._rows(start, stop)
             if not need_x:
                 origin = [base] if self.experts else None
                 dots.append(self.kernels.coefficient_grad([grad], origin, [panel])[0])
@@ -127,49 +126,65 @@ class PanelLinear:
                 total = add_product(total, dy[:, start:stop], panel)
         if need_x and not self.transpose:
             dx = torch.zeros_like(x) if total is None else total.to(self.dtype)
-        dlam = torch.stack(dots).sum(0) if dots else torch.zeros_like(self.coefficients)
-        return dx, dlam if need_coefficients else None
+        if not need_coefficients:
+            return dx, None
+        if len(dots) == 1:
+            return dx, dots[0]
+        return dx, torch.stack(dots).sum(0) if dots else torch.zeros_like(self.coefficients)
+
+    def _rows(self, start: int, stop: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """Base and deltas of a panel."""
+        if len(self.spans) == 1:
+            return self.base, self.deltas
+        return self.base[start:stop], [d[start:stop] for d in self.deltas]
 
     def _combine(self, start: int, stop: int, out: Tensor, grad: None) -> None:
-        self.kernels.weighted_sum(
-            [self.base[start:stop]],
-            [[d[start:stop] for d in self.deltas]],
-            self.coefficients.view(1, -1),
-            [out],
-            self.experts,
-        )
+        base, panel = self._rows(start, stop)
+        rows = self.coefficients.view(1, -1)
+        self.kernels.weighted_sum([base], [panel], rows, [out], self.experts)
 
     def _panels(
         self, combine: Callable, prepare: Callable | None = None
     ) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Each span with its merged panel: `prepare` fills a gradient panel, `combine` reads it.
+        """Each span with its merged panel: `prepare` fills a gradient panel, `combine` reads it."""
+        if self.ahead:
+            yield from self._panels_ahead(combine, prepare)
+            return
+        weight = self._buffer("weight0")
+        grad = self._buffer("grad0") if prepare else None
+        for start, stop in self.spans:
+            part, out = None, weight[: stop - start]
+            if prepare:
+                part = grad[: stop - start]
+                prepare(start, stop, part)
+            combine(start, stop, out, part)
+            yield (start, stop), out
 
-        On a GPU, `combine` of the next panel runs on a second stream while the caller works on
-        this one.
-        """
-        lead = 1 if self.ahead else 0
-        turns = 1 + lead
-        weights = [self._buffer(f"weight{i}") for i in range(turns)]
-        grads = [self._buffer(f"grad{i}") for i in range(turns)] if prepare else [None] * turns
-        side = _SideStream(self.base.device) if self.ahead else _SameStream()
+    def _panels_ahead(
+        self, combine: Callable, prepare: Callable | None
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The same, where `combine` of the next panel runs on a second stream while the caller
+        works on this one."""
+        weights = [self._buffer(f"weight{i}") for i in range(2)]
+        grads = [self._buffer(f"grad{i}") for i in range(2)] if prepare else [None] * 2
+        side = _SideStream(self.base.device)
 
         def begin(i: int) -> None:
             start, stop = self.spans[i]
-            grad = grads[i % turns]
+            grad = grads[i % 2]
             if prepare:
                 grad = grad[: stop - start]
                 prepare(start, stop, grad)
-            with side.work(i % turns, after_caller=prepare is not None):
-                combine(start, stop, weights[i % turns][: stop - start], grad)
+            with side.work(i % 2, after_caller=prepare is not None):
+                combine(start, stop, weights[i % 2][: stop - start], grad)
 
-        for i in range(min(lead, len(self.spans))):
-            begin(i)
+        begin(0)
         for i, (start, stop) in enumerate(self.spans):
-            if i + lead < len(self.spans):
-                begin(i + lead)
-            side.wait(i % turns)
-            yield (start, stop), weights[i % turns][: stop - start]
-            side.release(i % turns)
+            if i + 1 < len(self.spans):
+                begin(i + 1)
+            side.wait(i % 2)
+            yield (start, stop), weights[i % 2][: stop - start]
+            side.release(i % 2)
         side.join()
 
     def _buffer(self, slot: str) -> Tensor:
@@ -178,22 +193,6 @@ class PanelLinear:
         if self.base.device.type != "cpu":
             return torch.empty(rows, width, dtype=self.dtype, device=self.base.device)
         return scratch_panel(slot, rows, width, self.dtype)
-
-
-class _SameStream:
-    """No second stream: work is done when it is asked for."""
-
-    def work(self, turn: int, after_caller: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def wait(self, turn: int) -> None:
-        pass
-
-    def release(self, turn: int) -> None:
-        pass
-
-    def join(self) -> None:
-        pass
 
 
 class _SideStream:

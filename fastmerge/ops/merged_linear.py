@@ -31,6 +31,7 @@ from ._library import (
     register_gradient,
     register_no_gradient,
     unpack_deltas,
+    without_autograd,
 )
 from ._panel import PanelLinear
 from ._stacked import StackedLinear
@@ -74,7 +75,7 @@ def merged_linear(
         return own(x, base, coefficients, bias, transpose)
     tensors, experts = unpack_deltas(deltas)
     refuse_forward_mode("merged_linear", x, coefficients)
-    return torch.ops.fastmerge.merged_linear(
+    return torch.ops.fastmerge.merged_linear.default(
         x, base, tensors, coefficients, bias, experts, transpose
     )
 
@@ -133,6 +134,9 @@ def _choose(
     (None, None, None) for the reference.
     """
     rowwise = coefficients.dim() > 1
+    if not rowwise and x.device.type == "cpu" and forced_backend() != "triton":
+        native = native_kernels("merged_linear", x, base, deltas[0], coefficients)
+        return None if native is None else "panel", native, None  # there is no other
     kernels: dict[str, ModuleType | None] = {}
     tensors = {"x": as_rows(x), "base": base}
     function = "row_linear_forward" if rowwise else "merged_linear_forward"
@@ -232,14 +236,15 @@ def _backward(ctx, grad):
     x, base, coefficients, *deltas = ctx.saved_tensors
     need_x, need_lam, need_bias = (ctx.needs_input_grad[i + 1] for i in (0, 3, 4))
     grad_x = grad_lam = grad_bias = None
-    if need_x or need_lam:
-        grad_x, grad_lam = torch.ops.fastmerge.merged_linear_backward(
-            grad, x, base, deltas, coefficients, ctx.experts, ctx.transpose, need_x, need_lam
-        )
-        grad_x = grad_x if need_x else None
-        grad_lam = grad_lam.to(coefficients.dtype) if need_lam else None
-    if need_bias:
-        grad_bias = as_rows(grad).sum(0).to(ctx.bias_dtype)
+    with without_autograd():
+        if need_x or need_lam:
+            grad_x, grad_lam = torch.ops.fastmerge.merged_linear_backward.default(
+                grad, x, base, deltas, coefficients, ctx.experts, ctx.transpose, need_x, need_lam
+            )
+            grad_x = grad_x if need_x else None
+            grad_lam = grad_lam.to(coefficients.dtype) if need_lam else None
+        if need_bias:
+            grad_bias = as_rows(grad).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_lam, grad_bias, None, None
 
 
