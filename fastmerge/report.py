@@ -35,6 +35,8 @@ LABELS = {
     "twin": "Twin-Merging",
     "wemoe": "WEMoE",
     "tact": "TACT",
+    "surgery": "Surgery on task arithmetic",
+    "surgery_v2": "SurgeryV2 on task arithmetic",
     "lora_tuned": "LoRA experts, task arithmetic",
     "llora_tuned": "L-LoRA experts, task arithmetic",
 }
@@ -54,6 +56,8 @@ KINDS = {
     "twin": "dynamic",
     "wemoe": "dynamic",
     "tact": "dynamic",
+    "surgery": "dynamic",
+    "surgery_v2": "dynamic",
     "lora_tuned": "adapters",
     "llora_tuned": "adapters",
 }

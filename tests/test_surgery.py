@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmerge as fm
 from fastmerge.checkpoint import CheckpointError
@@ -430,6 +431,22 @@ def test_experts_are_read_once_and_kept(tmp_path, monkeypatch):
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read"):
         fm.train_surgery(build(merged), batches_of(inputs), experts, steps=1, cache=tmp_path)
+
+
+def test_no_weight_is_merged_while_training():
+    merged, experts, inputs = setting()
+    called = set()
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    surgery = build(merged)
+    with Listening():
+        fm.train_surgery(surgery, batches_of(inputs), experts, steps=2)
+    ours = {name for name in called if name.startswith("fastmerge::")}
+    assert ours == {"fastmerge::residual_adapter", "fastmerge::residual_adapter_backward"}
 
 
 @pytest.mark.parametrize("kind", ["plain", "attached", "emr"])

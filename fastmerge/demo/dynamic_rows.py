@@ -22,7 +22,7 @@ def emr(bench: Bench) -> Row:
     """EMR-Merging: no data, no training; the sample's task is given."""
     with measured() as cost:
         model = _build(bench, "emr")
-    return _masked_row(bench, "emr", model, cost)
+    return given_tasks_row(bench, "emr", model, cost)
 
 
 def tall(bench: Bench) -> Row:
@@ -33,7 +33,7 @@ def tall(bench: Bench) -> Row:
     with measured() as cost:
         model = _build(bench, "tall", score=lambda made, task: -_divergence(adaptation, made, task))
     cost.seconds += adaptation.expert_cost.seconds
-    return _masked_row(bench, "tall", model, cost)
+    return given_tasks_row(bench, "tall", model, cost)
 
 
 def twin(bench: Bench) -> Row:
@@ -90,7 +90,7 @@ def _divergence(adaptation: Adaptation, model: nn.Module, task: str) -> float:
     return float(kl_to_expert(logits, Batch(task, ids, target)))
 
 
-def _masked_row(bench: Bench, method: str, model: Any, cost: Cost) -> Row:
+def given_tasks_row(bench: Bench, method: str, model: Any, cost: Cost) -> Row:
     """Scored with the task of every row given."""
     result = {}
     for name, split in bench.scored.items():

@@ -12,6 +12,7 @@ from .dynamic_rows import emr, tall, twin, wemoe
 from .llora_rows import llora, lora
 from .rows import Bench, Row, individual, learned, pretrained, static, tuned
 from .settings import Settings
+from .surgery_rows import surgery
 from .tact_row import tact
 
 
@@ -74,6 +75,8 @@ def _strict_rows(settings: Settings) -> list[Planned]:
         Planned("twin", twin),
         Planned("wemoe", wemoe),
         Planned("tact", tact),
+        Planned("surgery", lambda bench: surgery(bench, "surgery")),
+        Planned("surgery_v2", lambda bench: surgery(bench, "surgery_v2")),
         Planned("lora_tuned", lora),
         Planned("llora_tuned", llora),
     ]
