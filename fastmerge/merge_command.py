@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .job_process import import_torch, keep_freed_memory
 from .jobs.places import find_folders
 from .jobs.recipe import load_recipe
-from .torch_import import import_torch
 
 if TYPE_CHECKING:
     from .jobs.plan import Plan
@@ -61,6 +61,7 @@ def run_merge(
     memory, shard_bytes = parse_size(max_memory), parse_size(shard_size)
     recipe = load_recipe(recipe_file)
     folders = find_folders(recipe, recipe_file.parent)
+    keep_freed_memory()
     import_torch()
     from .jobs.engine import (
         check_device,

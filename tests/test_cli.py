@@ -51,7 +51,7 @@ def test_errors_are_one_line(tmp_path):
 def test_what_a_job_does_not_need_of_torch_is_imported_when_it_is_used():
     code = """
 import sys
-from fastmerge.torch_import import UNUSED, import_torch
+from fastmerge.job_process import UNUSED, import_torch
 import_torch()
 import torch, fastmerge.jobs.engine, fastmerge.jobs.planning
 assert not {"torch._decomp", "sympy", "transformers"} & set(sys.modules)

@@ -162,6 +162,10 @@ REFUSING = {
     "ties of each tensor": Ties(scope="tensor"),
     "weighted_ties": make_method("weighted_ties", density=0.3),
     "sce": make_method("sce"),
+    "dare_ties": make_method("dare_ties", density=0.0),  # which drops every entry
+    "della": make_method("della", density=0.3),
+    "model_stock": make_method("model_stock"),
+    "breadcrumbs": make_method("breadcrumbs", density=0.3),
     "copy": None,
 }
 

@@ -50,27 +50,40 @@ void masks_of_range(const MagnitudeMasksParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// How many entries of [begin, end) have the magnitude `value`.
+template <int kDtype, int kExperts>
+int64_t count_equal(const Source& s, int64_t k, float value, int64_t begin, int64_t end) {
+  int64_t i = begin, count = 0;
+  Mask found = {};
+  for (; i + kLanes <= end; i += kLanes) {
+    F32 base = kExperts ? load_base(s, i) : zeros();
+    Mask equal = absolute(load_tau<kDtype, kExperts>(s, k, i, base)) == broadcast(value);
+    FASTMERGE_PARTS found.part[j] -= equal.part[j];
+  }
+  int32_t lanes[kLanes];
+  memcpy(lanes, &found, sizeof(lanes));
+  for (int j = 0; j < kLanes; ++j) count += uint32_t(lanes[j]);
+  if (i < end) {
+    int64_t n = end - i;
+    F32 base = kExperts ? load_base_first(s, i, n) : zeros();
+    F32 tau = load_tau_first<kDtype, kExperts>(s, k, i, n, base);
+    uint32_t equal = bits(absolute(tau) == broadcast(value)) & ((1u << n) - 1);
+    count += __builtin_popcount(equal);
+  }
+  return count;
+}
+
 template <int kDtype, int kExperts>
 void count_ties(const TieCountsParams& p, int64_t k) {
-  const Source& s = p.source;
-  F32 value = broadcast(p.values[k]);
-  int64_t* counts = p.counts + k * p.bins;
-  int64_t start = p.starts[k] - p.offset, stop = start + p.width * p.bins;
-  int64_t end = stop < p.size ? stop : p.size;
-  for (int64_t i = start > 0 ? start : 0; i < end; i += kLanes) {
-    int64_t n = end - i < kLanes ? end - i : kLanes;
-    F32 tau;
-    if (n == kLanes) {
-      F32 base = kExperts ? load_base(s, i) : zeros();
-      tau = load_tau<kDtype, kExperts>(s, k, i, base);
-    } else {
-      F32 base = kExperts ? load_base_first(s, i, n) : zeros();
-      tau = load_tau_first<kDtype, kExperts>(s, k, i, n, base);
-    }
-    uint32_t equal = bits(absolute(tau) == value) & uint32_t((uint64_t(1) << n) - 1);
-    for (; equal != 0; equal &= equal - 1) {
-      ++counts[(i + __builtin_ctz(equal) - start) / p.width];
-    }
+  int64_t start = p.starts[k] - p.offset;
+  int64_t first = start < 0 ? -start / p.width : 0;
+  for (int64_t bin = first; bin < p.bins; ++bin) {
+    int64_t begin = start + bin * p.width, end = begin + p.width;
+    if (begin >= p.size) break;
+    if (begin < 0) begin = 0;
+    if (end > p.size) end = p.size;
+    p.counts[k * p.bins + bin] +=
+        count_equal<kDtype, kExperts>(p.source, k, p.values[k], begin, end);
   }
 }
 

@@ -11,7 +11,7 @@
 namespace fastmerge::cpu::FASTMERGE_LEVEL {
 namespace {
 
-template <int kDtype, int kExperts, bool kElect>
+template <int kDtype, int kExperts, bool kElect, bool kNormalize>
 FASTMERGE_INLINE F32 merge_vector(const MaskedMergeParams& p, int64_t i, int64_t n) {
   const Source& s = p.source;
   F32 base = s.base == nullptr ? zeros() : n == kLanes ? load_base(s, i) : load_base_first(s, i, n);
@@ -21,26 +21,29 @@ FASTMERGE_INLINE F32 merge_vector(const MaskedMergeParams& p, int64_t i, int64_t
     F32 x = n == kLanes ? load_tau<kDtype, kExperts>(s, k, i, base)
                         : load_tau_first<kDtype, kExperts>(s, k, i, n, base);
     if (p.masks != nullptr) {
-      x = select(expand(load_mask(p.masks + k * p.mask_stride, p.size, i)), x, zeros());
+      x = select(load_mask(p.masks + k * p.mask_stride, p.size, i), x, zeros());
     }
     F32 value = broadcast(p.factors[s.k + k]) * x;
     if constexpr (!kElect) {
       positive = positive + value;
     } else {
-      F32 vote = broadcast(p.factors[k]) * x, weight = broadcast(p.factors[2 * s.k + k]);
+      F32 vote = broadcast(p.factors[k]) * x;
       Mask up = vote > zeros(), down = vote < zeros();
       votes = votes + vote;
       positive = positive + select(up, value, zeros());
       negative = negative + select(down, value, zeros());
-      positive_weight = positive_weight + select(up, weight, zeros());
-      negative_weight = negative_weight + select(down, weight, zeros());
+      if constexpr (kNormalize) {
+        F32 weight = broadcast(p.factors[2 * s.k + k]);
+        positive_weight = positive_weight + select(up, weight, zeros());
+        negative_weight = negative_weight + select(down, weight, zeros());
+      }
     }
   }
   F32 merged = positive;
   if constexpr (kElect) {
     Mask up = votes >= zeros();
     merged = select(up, positive, negative);
-    if (p.normalize) {
+    if constexpr (kNormalize) {
       F32 weight = select(up, positive_weight, negative_weight), least = broadcast(p.least);
       if (p.least > 0) weight = select(weight > least, weight, least);
       merged = merged / select(weight == zeros(), broadcast(1.0f), weight);
@@ -50,17 +53,18 @@ FASTMERGE_INLINE F32 merge_vector(const MaskedMergeParams& p, int64_t i, int64_t
   return p.add_base ? base + merged : merged;
 }
 
-template <int kDtype, int kExperts, bool kElect>
+template <int kDtype, int kExperts, bool kElect, bool kNormalize>
 void merge_all(const MaskedMergeParams& p) {
   int64_t first_block[2] = {0, block_count(p.size)};
   TensorList tensors = {&p.size, first_block, 1};
   for_each_block(tensors, p.threads, [&](int64_t, int64_t, int64_t begin, int64_t end) {
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      store(p.out, i, merge_vector<kDtype, kExperts, kElect>(p, i, kLanes), p.out_dtype);
+      store(p.out, i, merge_vector<kDtype, kExperts, kElect, kNormalize>(p, i, kLanes),
+            p.out_dtype);
     }
     if (i < end) {
-      F32 merged = merge_vector<kDtype, kExperts, kElect>(p, i, end - i);
+      F32 merged = merge_vector<kDtype, kExperts, kElect, kNormalize>(p, i, end - i);
       store_first(p.out, i, merged, end - i, p.out_dtype);
     }
   });
@@ -70,21 +74,11 @@ template <int kDtype, int kExperts>
 void sum_row(const MaskedSumsParams& p, int64_t row, int64_t k) {
   const Source& s = p.source;
   F64 all = {}, kept = {};
-  int64_t begin = row * p.width, end = begin + p.width;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    int64_t n = end - i < kLanes ? end - i : kLanes;
-    F32 tau;
-    if (n == kLanes) {
-      F32 base = kExperts ? load_base(s, i) : zeros();
-      tau = load_tau<kDtype, kExperts>(s, k, i, base);
-    } else {
-      F32 base = kExperts ? load_base_first(s, i, n) : zeros();
-      tau = load_tau_first<kDtype, kExperts>(s, k, i, n, base);
-    }
-    F32 x = absolute(tau);
-    F32 masked = x;
+  int64_t i = row * p.width, end = i + p.width;
+  auto add = [&](F32 tau) {
+    F32 x = absolute(tau), masked = x;
     if (p.masks != nullptr) {
-      masked = select(expand(load_mask(p.masks + k * p.mask_stride, p.size, i)), x, zeros());
+      masked = select(load_mask(p.masks + k * p.mask_stride, p.size, i), x, zeros());
     }
     F64 wide = widen(x), wide_masked = widen(masked);
     if (p.square) {
@@ -93,6 +87,14 @@ void sum_row(const MaskedSumsParams& p, int64_t row, int64_t k) {
     }
     all = all + wide;
     kept = kept + wide_masked;
+  };
+  for (; i + kLanes <= end; i += kLanes) {
+    add(load_tau<kDtype, kExperts>(s, k, i, kExperts ? load_base(s, i) : zeros()));
+  }
+  if (i < end) {
+    int64_t n = end - i;
+    F32 base = kExperts ? load_base_first(s, i, n) : zeros();
+    add(load_tau_first<kDtype, kExperts>(s, k, i, n, base));
   }
   double* out = p.sums + row * 2 * s.k;
   out[k] = fold(all);
@@ -104,10 +106,12 @@ void sum_row(const MaskedSumsParams& p, int64_t row, int64_t k) {
 void masked_merge(const MaskedMergeParams& p) {
   with_source(p.source.delta_dtype, p.source.experts, [&](auto dtype, auto experts) {
     constexpr int kDtype = decltype(dtype)::value, kExperts = decltype(experts)::value;
-    if (p.elect) {
-      merge_all<kDtype, kExperts, true>(p);
+    if (!p.elect) {
+      merge_all<kDtype, kExperts, false, false>(p);
+    } else if (!p.normalize) {
+      merge_all<kDtype, kExperts, true, false>(p);
     } else {
-      merge_all<kDtype, kExperts, false>(p);
+      merge_all<kDtype, kExperts, true, true>(p);
     }
   });
 }

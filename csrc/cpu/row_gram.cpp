@@ -68,6 +68,47 @@ void multiply_row(const RowGramParams& p, int64_t row, int64_t first, int64_t ot
   }
 }
 
+// The same for all pairs of a few task vectors, whose sums stay in registers.
+template <int kDtype, int kExperts, int kCount>
+void multiply_few(const RowGramParams& p, int64_t row) {
+  const Source& s = p.source;
+  constexpr int kPairs = kCount * (kCount + 1) / 2;
+  F64 sums[kPairs] = {};
+  int64_t i = row * p.width, stop = i + p.width;
+  auto add = [&](F32 base, auto load) {
+    F64 tau[kCount];
+    _Pragma("GCC unroll 4") for (int k = 0; k < kCount; ++k) tau[k] = widen(load(k, base));
+    int pair = 0;
+    _Pragma("GCC unroll 4") for (int a = 0; a < kCount; ++a) {
+      _Pragma("GCC unroll 4") for (int b = a; b < kCount; ++b, ++pair) {
+        sums[pair] = sums[pair] + tau[a] * tau[b];
+      }
+    }
+  };
+  for (; i + kLanes <= stop; i += kLanes) {
+    add(kExperts ? load_base(s, i) : zeros(),
+        [&](int k, F32 base) { return load_tau<kDtype, kExperts>(s, k, i, base); });
+  }
+  if (i < stop) {
+    add(kExperts ? load_base_first(s, i, stop - i) : zeros(),
+        [&](int k, F32 base) { return load_tau_first<kDtype, kExperts>(s, k, i, stop - i, base); });
+  }
+  for (int pair = 0; pair < kPairs; ++pair) p.gram[row * kPairs + pair] = fold(sums[pair]);
+}
+
+template <int kDtype, int kExperts>
+void multiply_all(const RowGramParams& p, int64_t row) {
+  int64_t count = p.source.k;
+  if (count == 2) return multiply_few<kDtype, kExperts, 2>(p, row);
+  if (count == 3) return multiply_few<kDtype, kExperts, 3>(p, row);
+  if (count == 4) return multiply_few<kDtype, kExperts, 4>(p, row);
+  for (int64_t first = 0; first < count; first += kSquare) {
+    for (int64_t other = first; other < count; other += kSquare) {
+      multiply_row<kDtype, kExperts>(p, row, first, other);
+    }
+  }
+}
+
 }  // namespace
 
 void row_gram(const RowGramParams& p) {
@@ -75,11 +116,7 @@ void row_gram(const RowGramParams& p) {
     int64_t rows = p.width > 0 ? p.size / p.width : 0;
     parallel_runs(rows, team_size(p.size, p.threads), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        for (int64_t first = 0; first < p.source.k; first += kSquare) {
-          for (int64_t other = first; other < p.source.k; other += kSquare) {
-            multiply_row<decltype(dtype)::value, decltype(experts)::value>(p, row, first, other);
-          }
-        }
+        multiply_all<decltype(dtype)::value, decltype(experts)::value>(p, row);
       }
     });
   });

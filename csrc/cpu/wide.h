@@ -14,11 +14,18 @@ struct F64 {
 
 #define FASTMERGE_WIDE _Pragma("GCC unroll 8") for (int j = 0; j < 2 * kParts; ++j)
 
+// GCC would convert AVX-512 vectors in quarters.
+#if defined(__AVX512F__)
+FASTMERGE_INLINE PartD widen(HalfF x) { return (PartD)_mm512_cvtps_pd((__m256)x); }
+#else
+FASTMERGE_INLINE PartD widen(HalfF x) { return __builtin_convertvector(x, PartD); }
+#endif
+
 FASTMERGE_INLINE F64 widen(F32 x) {
   HalfF half[2 * kParts];
   memcpy(half, &x, sizeof(half));
   F64 r;
-  FASTMERGE_WIDE r.part[j] = __builtin_convertvector(half[j], PartD);
+  FASTMERGE_WIDE r.part[j] = widen(half[j]);
   return r;
 }
 

@@ -37,7 +37,21 @@ def gram_pass(points: Points = task_points) -> Pass:
         tensors, base = points(block)
         return exact_sums(row_gram(tensors, base=base, width=row_width(block))).cpu()
 
-    return Pass("gram", "tensor", measure, finish=lambda limbs, stats: full_gram(limbs))
+    return Pass(
+        "gram",
+        "tensor",
+        measure,
+        finish=lambda limbs, stats: full_gram(limbs),
+        nonfinite=has_nonfinite if points is task_points else None,
+    )
+
+
+def has_nonfinite(limbs: Tensor) -> bool:
+    """Whether one of the numbers that `exact_sums` added up into limbs [*, 67] was NaN or Inf.
+
+    A sum over all entries of a task vector is, wherever the base or its expert has one.
+    """
+    return bool(limbs[:, -1].any())
 
 
 def full_gram(limbs: Tensor) -> Tensor:

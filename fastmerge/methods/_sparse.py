@@ -11,7 +11,7 @@ from torch import Tensor
 from ..deltas import Experts
 from ..ops import exact_sums, exact_value, masked_merge, masked_sums
 from ..ops._library import accumulate_dtype
-from ._gram import row_width
+from ._gram import has_nonfinite, row_width
 from ._method import Block, Method, Parameter, Pass, Stats
 from ._parameters import PerExpert, check_number, share
 
@@ -82,7 +82,15 @@ class SparseMerge(Method):
             return []
         steps = self.selection(dtype)
         if self.rescale == "l1":
-            steps.append(Pass("rescale", "tensor", self._norms, finish=self._factors))
+            steps.append(
+                Pass(
+                    "rescale",
+                    "tensor",
+                    self._norms,
+                    finish=self._factors,
+                    nonfinite=has_nonfinite,
+                )
+            )
         return steps
 
     def combine(self, block: Block, stats: Stats) -> Tensor:

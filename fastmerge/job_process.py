@@ -1,7 +1,8 @@
-"""`import torch` for commands that run plain kernels once and end."""
+"""How a process is set up that runs one merge job and ends."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from types import ModuleType
@@ -10,6 +11,9 @@ from typing import Any
 # What tells compilers and tracers the shapes of results. Nobody asks in a merge job, and importing
 # it with the decompositions that it needs is a fifth of torch's import.
 UNUSED = "torch._meta_registrations"
+
+# glibc's mallopt: its numbers for two settings, and the largest block that its heaps take.
+TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST_BLOCK = -1, -3, 32 << 20
 
 
 class Postponed(ModuleType):
@@ -28,3 +32,17 @@ def import_torch() -> None:
     if "torch" not in sys.modules:
         sys.modules[UNUSED] = Postponed(UNUSED)
         importlib.import_module("torch")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next block, if it is glibc.
+
+    It would return blocks of some megabytes to the system, which fills the next ones with zeros
+    page by page: half a second of `sce` over five models of 1 GB.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(MMAP_THRESHOLD, LARGEST_BLOCK)
+    mallopt(TRIM_THRESHOLD, 8 * LARGEST_BLOCK)
