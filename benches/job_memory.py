@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--option", action="append", default=[], help="more for fastmerge merge")
-    chosen = parser.parse_args()
+    chosen = parser.parse_intermixed_args()
     for method in chosen.methods or METHODS:
         experts = min(chosen.experts, EXPERTS.get(method, chosen.experts))
         row = run(method, chosen.folder, experts, chosen.case, chosen.option)

@@ -63,6 +63,12 @@ OWN = [
     ("task_arithmetic", {"scaling": 0.4}, {"scaling": 0.4}),
     ("ties", {"scope": "model", "density": 0.3}, {"density": 0.3}),
     ("ties", {"merge": "sum", "scaling": 0.3}, {"merge": "sum", "scaling": 0.3}),
+    ("consensus", {}, {}),
+    (
+        "consensus",
+        {"k": 1, "scaling": 0.5, "threshold": 0.6},
+        {"k": 1, "scaling": 0.5, "threshold": 0.6},
+    ),
     ("lines", {"beta": 0.2}, {"beta": 0.2}),
     ("lines", {"vectors": "ties", "density": 0.3}, {"vectors": "ties", "density": 0.3}),
     ("anchor_ramp", {"anchor": 1}, {"anchor": 1}),

@@ -392,6 +392,13 @@ def test_dialects_name_the_methods_parameters(name):
                 assert knob.default == there[argument], (name, parameter)
 
 
+def test_recipes_reach_every_method():
+    from fastmerge.methods import METHODS
+
+    reached = {dialect.method for dialect in (*DIALECTS.values(), *OWN.values())}
+    assert reached == {*METHODS, "weighted"}
+
+
 EXCEPTED = {("task_arithmetic", "lambda"), ("average", "weight")}
 
 

@@ -146,6 +146,16 @@ DIALECTS: dict[str, Dialect] = {
         {"weight": Knob(default=1.0, per_expert=True)},
         {"weight": "weights"},
     ),
+    "consensus": Dialect(
+        "consensus",
+        "required",
+        (1, None),
+        {
+            "k": Knob("whole", 2),
+            "threshold": Knob(default=0.4, per_expert=True),
+            "scaling": Knob(default=0.3),
+        },
+    ),
     "metagpt": Dialect(
         "metagpt",
         "required",

@@ -20,7 +20,9 @@ from ._cuts import Counts, Cut, Cuts, Found, Source
 from ._method import Block, Pass, Stats
 
 WHOLE = 1 << 16  # entries at a tensor's beginning that are all in the sample
-STRETCHES, LINE = 256, 16  # of a larger block: so many entries from each of so many stretches
+# Of a larger tensor: the first entries of so many stretches of its first block, then of stretches
+# of that length, so that the sample depends on the tensor's size and not on that of its blocks.
+STRETCHES, STRETCH, LINE = 256, 1 << 13, 16
 LOW_BITS = LEVEL_BITS[torch.float32][1]
 MISSED = -1  # in place of the bits of a cut outside its bracket
 
@@ -66,22 +68,24 @@ class SampledCuts(Cuts):
         ]
 
     def _sample(self, block: Block, stats: Stats) -> Tensor:
-        """Number of entries, then the bits of sampled magnitudes: int64 [K, 1 + samples]."""
+        """Number of entries, then the bits of sampled magnitudes: int32 [K, 2 + samples]."""
         size = block.experts[0].numel()
         if block.offset + size > WHOLE:
-            base = None if block.base is None else _pick(block.base)
-            block = replace(block, base=base, experts=[_pick(expert) for expert in block.experts])
+            stretch = STRETCH if block.offset else size // STRETCHES
+            base = None if block.base is None else _pick(block.base, stretch)
+            experts = [_pick(expert, stretch) for expert in block.experts]
+            block = replace(block, base=base, experts=experts)
         tensors, base = self.source(block)
-        rows = [torch.full((len(tensors), 1), size)]
+        rows = [torch.tensor([size]).view(torch.int32).expand(len(tensors), 2)]
         if size:
-            rows.append(torch.stack([_bits(tensor, base) for tensor in tensors]).cpu().long())
+            rows.append(torch.stack([_bits(tensor, base) for tensor in tensors]).cpu())
         return torch.cat(rows, 1)
 
     def _aim(self, samples: Sequence[Tensor], stats: Stats) -> Aim | Found:
-        total = sum(int(rows[0, 0]) for rows in samples)
-        bits = torch.cat([rows[:, 1:] for rows in samples], 1)
+        total = sum(map(_entries, samples))
+        bits = torch.cat([_thinned(samples), *(rows[:, 2:] for rows in samples[1:])], 1)
         size = bits.shape[1]
-        ordered = bits.sort(1).values
+        ordered = torch.stack([row.sort().values for row in bits])
         nonzero = [total] * len(bits)
         if self.nonzero:
             nonzero = [round(total / max(1, size) * int(row.count_nonzero())) for row in bits]
@@ -147,9 +151,11 @@ class SampledCuts(Cuts):
 
     def _low_bits(self, block: Block, stats: Stats) -> Tensor:
         tensors, base = self.source(block)
-        return torch.stack(
-            [_count_low(tensors[cut.delta], base, cut.bits) for cut in stats["cuts"].cuts]
-        )
+        cuts = stats["cuts"].cuts
+        rows = torch.empty(len(cuts), 1 << LOW_BITS, dtype=torch.int64)  # no copy of each besides
+        for row, cut in zip(rows, cuts, strict=True):
+            row.copy_(_count_low(tensors[cut.delta], base, cut.bits))
+        return rows
 
     def _complete(self, rows: Tensor, stats: Stats) -> Found:
         return _descend(stats["cuts"], stats["cuts"].cuts, rows, 1)
@@ -196,13 +202,30 @@ def _exact(bits: Tensor, ordered: Tensor, counts: Sequence[Sequence[int]]) -> tu
     return tuple(cuts)
 
 
-def _pick(tensor: Tensor) -> Tensor:
-    """Some of a tensor's entries, spread over all of it, the same ones for equal sizes."""
+def _pick(tensor: Tensor, stretch: int) -> Tensor:
+    """The first entries of every stretch of a block, the same ones for equal sizes."""
     flat = tensor.reshape(-1)
-    stretch = flat.numel() // STRETCHES
     if stretch < LINE:
         return flat
-    return flat[: stretch * STRETCHES].view(STRETCHES, stretch)[:, :LINE].reshape(-1)
+    if len(flat) < stretch:
+        return flat[:LINE]
+    return flat[: len(flat) // stretch * stretch].view(-1, stretch)[:, :LINE].reshape(-1)
+
+
+def _thinned(samples: Sequence[Tensor]) -> Tensor:
+    """The first block's sample, as dense as the second's if there is one."""
+    first, step = samples[0], 1
+    if len(samples) > 1:
+        density, wanted = (
+            (rows.shape[1] - 2) / max(1, _entries(rows)) for rows in (first, samples[1])
+        )
+        step = max(1, round(density / wanted)) if wanted else 1
+    return first[:, 2::step]
+
+
+def _entries(rows: Tensor) -> int:
+    """A block's number of entries, which its sample begins with."""
+    return int(rows[0, :2].contiguous().view(torch.int64))
 
 
 def _bits(tensor: Tensor, base: Tensor | None) -> Tensor:
