@@ -285,6 +285,37 @@ def test_adapters_of_other_ranks_in_one_folder(tmp_path):
     torch.testing.assert_close(again(X.double()), expected)
 
 
+def test_transposed_layers_are_saved_as_peft_has_them(tmp_path):
+    model, inputs, _ = layouts.gpt2()
+    adapters = fm.linearize(model, ["c_attn"], rank=2)
+    adapters.load_state(drawn(adapters, 1, scale=0.1))
+    expected = layouts.outputs(model(**inputs))[0].detach()
+    path = adapters.save(tmp_path / "gpt2")
+    assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    base = adapters.remove()
+    again = PeftModel.from_pretrained(copy.deepcopy(base), path)
+    torch.testing.assert_close(layouts.outputs(again(**inputs))[0], expected)
+    fm.attach(base, [path], deltas="lora", init=1.0)
+    torch.testing.assert_close(layouts.outputs(base(**inputs))[0], expected)
+    mixed = nn.ModuleDict(
+        {"conv": base.get_submodule("transformer.h.0.mlp.c_fc"), "plain": nn.Linear(3, 2)}
+    )
+    fm.detach(base)
+    both = fm.linearize(mixed, "*")
+    both.load_state(drawn(both, 1))
+    with pytest.raises(ValueError, match=r"'plain' is stored as \[O, I\] and 'conv' as \[I, O\]"):
+        both.save(tmp_path / "mixed")
+
+
+def test_a_start_of_another_base_is_refused(tmp_path):
+    start = start_folder(tmp_path / "start")
+    with pytest.raises(CheckpointError, match=r"has no tensor 'down.weight' to adapt"):
+        fm.linearize(nn.Sequential(nn.Linear(3, 3)), start=start)
+    whole = start_folder(tmp_path / "whole", modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"replaces 'norm.weight' whole"):
+        fm.linearize(net(), start=whole)
+
+
 def test_training_on_from_a_lora(tmp_path):
     start = start_folder(tmp_path / "start")
     model = net()
