@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import namedtuple
 
 import pytest
 import torch
@@ -184,6 +185,44 @@ def test_unchanged_models_of_libraries(name):
                 surgery(**{k: v[sample : sample + 1] for k, v in inputs.items()})
             for site, value in found.items():
                 torch.testing.assert_close(mixed[site][sample], value[0])
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "named", "dict", "model output"])
+def test_what_blocks_give(kind):
+    """The states within what a block gives are corrected, the rest is as it was."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    Pair = namedtuple("Pair", "states weights")
+    made = {
+        "tuple": lambda h: (h, "rest"),
+        "list": lambda h: [h, "rest"],
+        "named": lambda h: Pair(h, "rest"),
+        "dict": lambda h: {"last_hidden_state": h, "weights": "rest"},
+        "model output": lambda h: BaseModelOutput(last_hidden_state=h, attentions="rest"),
+    }[kind]
+
+    class Wrapped(Block):
+        def forward(self, x):
+            return made(super().forward(x))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Wrapped()])
+
+        def forward(self, x):
+            given = self.layers[0](x)
+            assert "rest" in (given.values() if hasattr(given, "values") else given)
+            return next(iter(given.values())) if hasattr(given, "values") else given[0]
+
+    torch.manual_seed(0)
+    model, x = Outer().double(), torch.randn(2, 3, WIDTH).double()
+    surgery = disturb(build(model, example=x))
+    h, (first, last) = Block.forward(model.layers[0], x), surgery.adapters
+    for adapters in (first, last):
+        h = h - (h @ adapters.down[1].T).relu() @ adapters.up[1].T
+    with fm.task(surgery, 1):
+        torch.testing.assert_close(surgery(x), h)
 
 
 def test_convolutional_networks():
@@ -552,7 +591,7 @@ def test_wrong_use():
         (dict(rank=0), "rank must be at least 1, got 0"),
         (dict(blocks="encoder.*"), r"no module is called 'encoder\.\*'"),
         (dict(blocks="out"), None),
-        (dict(final="nowhere"), "no final representation 'nowhere' in the model's output"),
+        (dict(final="nowhere"), "no representation 'nowhere' in the output of the model"),
         (dict(final="unused"), "final module 'unused' does not run"),
         (dict(final="twice"), r"'twice' runs 2 times"),
     ],
@@ -587,7 +626,7 @@ def test_wrong_models():
     with pytest.raises(TypeError, match="inputs"):
         fm.build(merged, TASKS, method="surgery")
     model, inputs, _ = LAYOUTS["llama"]()
-    with pytest.raises(ValueError, match=r"model's output \(logits\): name with final="):
+    with pytest.raises(ValueError, match=r"output of the model \(logits\): name with final="):
         build(model, 1, example=inputs)
 
     class TimeFirst(nn.Module):

@@ -175,15 +175,15 @@ def _place(name: str, output: Any, field: str | None) -> str | int | None:
     """Where in what a module gave the representation is, as `Site.field`."""
     if field is None and isinstance(output, Tensor):
         return None
-    if name and isinstance(output, tuple):  # a block's states come first
+    if name and isinstance(output, (tuple, list)):  # a block's states come first
         return 0
     keys = [k for k, v in output.items() if v is not None] if isinstance(output, Mapping) else []
     field = field or next((key for key in OUTPUT_FIELDS if key in keys), None)
     if field not in keys:
         raise ValueError(
-            f"no final representation {'' if field is None else repr(field) + ' '}in the model's "
-            f"output ({', '.join(keys) or type(output).__name__}): name with final= the module "
-            "whose output it is, or the field"
+            f"no representation {'' if field is None else repr(field) + ' '}in the output of "
+            f"{repr(name) if name else 'the model'} ({', '.join(keys) or type(output).__name__}): "
+            "name with final= the module whose output it is, or the field"
         )
     return field
 
