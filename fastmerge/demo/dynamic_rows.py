@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -75,6 +76,22 @@ def wemoe(bench: Bench) -> Row:
     return _row(bench, "wemoe", model, cost, {"objective": "kl"}, torch.stack(means))
 
 
+def tact(bench: Bench) -> Row:
+    """TACT on task arithmetic: moments of the adapt rows. The sample's task is given."""
+    settings = bench.settings
+    with measured() as cost:
+        merged = copy.deepcopy(bench.encoder)
+        state = fm.merge(
+            bench.base, bench.experts, method="task_arithmetic", scaling=settings.scaling
+        )
+        merged.load_state_dict(state, strict=False)
+        inputs = {name: ids[: settings.tune_rows] for name, ids in bench.strict.ids.items()}
+        model = fm.build(
+            merged, bench.experts, method="tact", inputs=inputs, mask=lambda ids: ids != 0
+        )
+    return given_tasks_row(bench, "tact", model, cost, model.nbytes())
+
+
 def _build(bench: Bench, method: str, **options: Any) -> Any:
     def unmerged(name: str) -> bool:
         return name not in bench.base
@@ -90,8 +107,8 @@ def _divergence(adaptation: Adaptation, model: nn.Module, task: str) -> float:
     return float(kl_to_expert(logits, Batch(task, ids, target)))
 
 
-def given_tasks_row(bench: Bench, method: str, model: Any, cost: Cost) -> Row:
-    """Scored with the task of every row given."""
+def given_tasks_row(bench: Bench, method: str, model: Any, cost: Cost, buffers: int = 0) -> Row:
+    """Scored with the task of every row given; `buffers` bytes are stored beside parameters."""
     result = {}
     for name, split in bench.scored.items():
         with fm.task(model, name):
@@ -101,7 +118,7 @@ def given_tasks_row(bench: Bench, method: str, model: Any, cost: Cost) -> Row:
         with fm.task(model, bench.mixed.tasks):
             model(bench.mixed.ids)
 
-    serving = bench.serving(serve, held_bytes(model))
+    serving = bench.serving(serve, held_bytes(model) + buffers)
     return Row(record(bench, method, result, cost, **serving))
 
 

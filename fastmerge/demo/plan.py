@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from .dynamic_rows import emr, tall, twin, wemoe
+from .dynamic_rows import emr, tact, tall, twin, wemoe
 from .llora_rows import llora, lora
 from .rows import Bench, Row, individual, learned, pretrained, static, tuned
 from .settings import Settings
 from .surgery_rows import surgery
-from .tact_row import tact
 
 
 @dataclass(frozen=True)
