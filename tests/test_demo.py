@@ -284,6 +284,7 @@ def test_all_rows_of_the_full_run(bench, tmp_path):
     notes = run.describe([row.record for row in finished], SETTINGS)
     assert any(note.startswith(f"Best learned {best:.1f} (AdaMerging") for note in notes)
     assert any(note.startswith("Best that keeps its experts") for note in notes)
+    assert len([note for note in notes if "adapters that reach" in note]) == len(adapters) == 2
 
 
 @pytest.mark.parametrize("linear", [False, True])

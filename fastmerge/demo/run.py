@@ -170,6 +170,12 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
         lines.append(
             "EMR and TALL are told each row's task, Twin-Merging and WEMoE route by the row itself."
         )
+    lines += [
+        f"{report.label(record)}: other experts, adapters that reach {record['experts']:.1f} each "
+        "on its own task."
+        for record in records
+        if report.kind(record["method"]) == "adapters"
+    ]
     collapsed = [record for record in records if "warnings" in record]
     lines += [
         f"{report.label(record)}: predictions collapsed on a task, see the warning above."
