@@ -168,7 +168,8 @@ def describe(records: Sequence[Mapping[str, Any]], settings: Settings) -> list[s
     ]
     if "dynamic" in best:
         lines.append(
-            "EMR and TALL are told each row's task, Twin-Merging and WEMoE route by the row itself."
+            "Twin-Merging and WEMoE route by the row itself; the other rows that keep something of "
+            "each expert are told the task."
         )
     lines += [
         f"{report.label(record)}: other experts, adapters that reach {record['experts']:.1f} each "
