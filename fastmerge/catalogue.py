@@ -83,7 +83,7 @@ _MASK = {
     "rescale": "whether m is divided by its mean over each tensor",
     "steps": "of the mask",
     "lr": "Adam's learning rate of x",
-    "kind": "expected, sample (published code) or binary: the mask that stays",
+    "kind": "expected, sample (published code), bernoulli or binary: the mask that stays",
     "seed": "of the noise",
 }
 

@@ -17,7 +17,7 @@ from .merged_weight import MergedWeight
 from .ops import random_key
 
 FORMAT = "fastmerge-concrete-mask-1"
-KINDS = ("expected", "sample", "binary")
+KINDS = ("expected", "sample", "bernoulli", "binary")
 _FINAL_DRAW = "final"  # of the noise that "sample" keeps, apart from that of every step
 
 
@@ -86,8 +86,8 @@ class ConcreteMask(nn.Module):
 
         Args:
             kind: "expected" (u = 1/2: sigmoid(logits / temperature)), "sample" (one relaxed draw,
-                as the published code evaluates; the same for one seed), or "binary" (1 where
-                logits > 0, else 0).
+                as the published code evaluates; the same for one seed), "bernoulli" (one draw of
+                zeros and ones, an option of that code), or "binary" (1 where logits > 0, else 0).
 
         Raises:
             ValueError: the kind is none of these.
@@ -96,8 +96,8 @@ class ConcreteMask(nn.Module):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind = kind
         self._set(
-            _FINAL_DRAW if kind == "sample" else None,
-            0.0 if kind == "binary" else self.temperature,
+            _FINAL_DRAW if kind in ("sample", "bernoulli") else None,
+            0.0 if kind in ("binary", "bernoulli") else self.temperature,
         )
 
     def _set(self, draw: str | None, temperature: float) -> None:

@@ -94,10 +94,10 @@ def learn_mask(
         raise ValueError("coefficients are not those of the model: pass what attach returned")
     targets = {} if loss_of is entropy else expert_logits or {}
     streams = {task: Stream(task, batches[task], 0) for task in tasks}
-    learn_logits = _LogitsStep(model, mask, heads or {}, targets, loss_of, dtype, lr, optimizer)
+    learn_logits = LogitsStep(model, mask, heads or {}, targets, loss_of, dtype, lr, optimizer)
     inner = None
     if coefficients is not None:
-        inner = _InnerStep(
+        inner = InnerStep(
             model, coefficients, heads or {}, targets, loss_of, dtype, inner_lr, inner_state
         )
     history = History(task_loss={t: [] for t in tasks}, entropy={t: [] for t in tasks})
@@ -155,7 +155,7 @@ def _finite(objective: Objective, where: Callable[[], str]) -> Objective:
     return checked
 
 
-class _LogitsStep(EagerStep):
+class LogitsStep(EagerStep):
     """Losses of all tasks; the logits are updated within the last backward pass."""
 
     def __init__(self, model, mask, heads, expert_logits, objective, dtype, lr, optimizer):
@@ -209,7 +209,7 @@ class _LogitsStep(EagerStep):
             logits.grad = None
 
 
-class _InnerStep(EagerStep):
+class InnerStep(EagerStep):
     """One Adam step of the coefficients from their initial values."""
 
     def __init__(self, model, coefficients, heads, expert_logits, objective, dtype, lr, state):

@@ -24,6 +24,7 @@ SETTINGS = Settings(
     expert_batch=8,
     adapt_steps=3,
     adapt_batch=4,
+    mask_steps=2,
     surgery_steps=3,
     surgery_v2_steps=3,
     tune_rows=8,

@@ -161,7 +161,7 @@ def test_at_first_nothing_changes_and_ones_are_the_plain_merge(setting):
     with torch.no_grad():
         for logits in mask.logits:
             logits.fill_(60.0)
-    for kind in ("expected", "sample", "binary"):
+    for kind in ("expected", "sample", "bernoulli", "binary"):
         mask.fix(kind)
         assert torch.equal(model(x), merged)
     fm.materialize(model)
@@ -179,7 +179,7 @@ def learned(setting, **options):
     return coefficients, mask
 
 
-@pytest.mark.parametrize("kind", ["expected", "sample", "binary"])
+@pytest.mark.parametrize("kind", ["expected", "sample", "bernoulli", "binary"])
 @pytest.mark.parametrize("chunks", [None, 3])
 def test_saved_masks_merge_to_the_same_bytes(setting, tmp_path, kind, chunks):
     model, experts, data = setting
@@ -202,7 +202,7 @@ def test_saved_masks_merge_to_the_same_bytes(setting, tmp_path, kind, chunks):
     for (name, found), expected in zip(merged.named_parameters(), model.parameters(), strict=True):
         assert raw(found) == raw(expected)
         values_of = values[name]
-        if kind == "binary":
+        if kind in ("binary", "bernoulli"):
             assert bool(((values_of == 0) | (values_of == values_of.max())).all())
         assert abs(float(values_of.mean()) - 1) < 1e-5
     fm.detach(model)
@@ -302,7 +302,7 @@ def test_failures_are_named_and_change_nothing(setting):
     ):
         with pytest.raises(ValueError, match=message):
             fm.learn_mask(model, mask, batches, **bad)
-    with pytest.raises(ValueError, match="kind must be one of expected, sample, binary"):
+    with pytest.raises(ValueError, match="kind must be one of expected, sample, bernoulli, binary"):
         mask.fix("x")
     with pytest.raises(ValueError, match="a mask belongs to coefficients"):
         fm.merge(model, experts, "average", mask=mask)
