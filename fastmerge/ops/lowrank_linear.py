@@ -115,9 +115,12 @@ def _check(x, base, down, up, ranks, coefficients, bias, transpose):
 
 
 def expert_of_rank(ranks: Sequence[int], device: torch.device) -> Tensor:
-    """Which expert each of the factors' columns belongs to: int64 [sum of ranks]."""
-    counts = torch.tensor(ranks, dtype=torch.int64, device=device)
-    return torch.arange(len(ranks), device=device).repeat_interleave(counts, output_size=sum(ranks))
+    """Which expert each of the factors' columns belongs to: int64 [sum of ranks].
+
+    Filled on the device: a copy from the host would wait for a GPU.
+    """
+    none = torch.empty(0, dtype=torch.int64, device=device)  # there may be no experts
+    return torch.cat([none, *(torch.full((r,), k, device=device) for k, r in enumerate(ranks))])
 
 
 def sum_by_expert(values: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -57,6 +57,7 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     unaligned: set[str] = field(default_factory=set)  # pointers
+    numbers: dict[str, int] = field(default_factory=dict)  # tuples of so many fp32
 
     def laid_out(self, layout: str) -> Launch:
         """The launch with sizes, strides and addresses of that layout."""
@@ -197,12 +198,12 @@ def _lowrank_linear(case: Case) -> Launch:
                 "x_ptr": case["x"],
                 "down_ptr": factor,
                 "coefficients_ptr": "fp32",
-                "owner_ptr": "i32",
                 "thin_ptr": case["x"],
                 "used_ptr": "i32",
             },
             {"inner", "total", "stride_xr", "stride_do"},
             {"stride_xi": 1, "stride_di": 1, "COUNT": case["count"], **blocks},
+            numbers={"ends": case["count"]},
         )
     backward = case.form.endswith("backward")
     contiguous = ("stride_wo", "stride_uo") if backward else ("stride_wi", "stride_ui")
@@ -346,6 +347,8 @@ def measure(case: Case) -> dict[str, Any]:
             signature[name] = tuple(f"*{dtype}" for dtype in pointer)
             aligned = () if name in launch.unaligned else range(len(pointer))
             attributes |= {(index, k): ALIGNED for k in aligned}
+        elif name in launch.numbers:
+            signature[name] = ("fp32",) * launch.numbers[name]
         elif pointer is not None:
             signature[name] = f"*{pointer}"
             if name not in launch.unaligned:

@@ -116,6 +116,15 @@ def test_masked_linear(compiled, sizes):
     check(compiled, 7)
 
 
+def test_lowrank_linear(compiled):
+    """Ranks are arguments: other ones of the same sum need no kernel of their own."""
+    x, base, down, up = (torch.randn(*shape) for shape in ((9, 32), (48, 32), (16, 32), (48, 16)))
+    for ranks in ([1, 2, 13], [16, 0, 0]):
+        kernels.lowrank_linear_forward(x, base, down, up, ranks, torch.rand(9, 3), None)
+    check(compiled, 4)
+    assert compiled[0] is compiled[2] and compiled[1] is compiled[3]
+
+
 READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
