@@ -69,6 +69,8 @@ def test_matrix_instructions(resources, name):
     kind = offline.MATRIX_INSTRUCTION[case.target]
     assert resources[kind] > 0, resources
     others = set(offline.MATRIX_INSTRUCTION.values()) - {kind}
+    if case.form == "rank 16":  # its thin product has fewer rows than the newer instructions take
+        others -= {"mma.sync"}
     assert not any(resources[other] for other in others), resources
     if case.kernel == "merged_linear" and case.target == 90 and PINNED:
         # The merged tile goes from registers into the instruction, never through shared memory.
