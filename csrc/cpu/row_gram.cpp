@@ -54,7 +54,7 @@ void multiply_row(const RowGramParams& p, int64_t row, int64_t first, int64_t ot
       for (int64_t b = other > a ? other : a; b < other_last; ++b) {
         F64 sum = sums[a - first][b - other];
         for (int64_t v = 0; v < vectors; ++v) {
-          sum = sum + left.tau[a - first][v] * b_tile.tau[b - other][v];
+          sum = add_product(sum, left.tau[a - first][v], b_tile.tau[b - other][v]);
         }
         sums[a - first][b - other] = sum;
       }
@@ -81,7 +81,7 @@ void multiply_few(const RowGramParams& p, int64_t row) {
     int pair = 0;
     _Pragma("GCC unroll 4") for (int a = 0; a < kCount; ++a) {
       _Pragma("GCC unroll 4") for (int b = a; b < kCount; ++b, ++pair) {
-        sums[pair] = sums[pair] + tau[a] * tau[b];
+        sums[pair] = add_product(sums[pair], tau[a], tau[b]);
       }
     }
   };
