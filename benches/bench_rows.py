@@ -2,6 +2,10 @@
 
 A mixed batch of 64 samples of 50 tokens (ViT-B/32) meets 8 experts: one task a sample (EMR-like
 selection), a weight of its own for every sample (WEMoE, Twin-Merging), one for every token.
+
+The floor of a weight a sample on a CPU, with K = 8 and 50 rows each: every entry of a weight takes
+50 multiply-adds in the product and 8 in the merge, 1.16 of the plain product. Products of 50 rows
+with weights of their own reach about 0.9 of the rate of one product over all rows: 1.3.
 """
 
 from __future__ import annotations

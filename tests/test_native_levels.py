@@ -74,6 +74,14 @@ def concrete_sum_and_gradients(i: Inputs) -> tuple[Tensor, ...]:
     return merged, *gradients
 
 
+def grouped_products(i: Inputs) -> Tensor:
+    lam = random((3, len(i.experts)), torch.float32, 7)
+    x = random((5, i.base.shape[1]), torch.float32, 8)
+    bias = random(len(i.base), torch.float32, 9)
+    order = torch.tensor([4, 0, 3, 1, 2])
+    return cpu.grouped_linear(x, i.base, i.experts, lam, [1, 3, 1], order, bias, True)
+
+
 # Of every kernel: its op, and whether the reference gives the same bytes.
 CASES: dict[str, tuple[Callable[[Inputs], Tensor | tuple[Tensor, ...]], bool]] = {
     "weighted_sum": (lambda i: ops.weighted_sum(i.base, Experts(i.experts), i.coefficients), True),
@@ -86,6 +94,7 @@ CASES: dict[str, tuple[Callable[[Inputs], Tensor | tuple[Tensor, ...]], bool]] =
         False,
     ),
     "combine_rows": (combined_rows, False),
+    "grouped_linear": (grouped_products, False),
     "magnitude_histogram": (lambda i: ops.magnitude_threshold(i.taus[0], density=0.3), True),
     "magnitude_bracket": (lambda i: ops.magnitude_bracket(i.taus[0], 1 << 29, shift=20), True),
     "ties_merge": (

@@ -21,10 +21,11 @@ def strategy(request):
         yield request.param
 
 
-@pytest.fixture(params=["one-panel", "small-panels", "small-batches"], autouse=True)
+@pytest.fixture(params=["fused", "one-panel", "small-panels", "small-batches"], autouse=True)
 def panels(request, monkeypatch):
-    """Run with the weight in one panel, in panels of a few entries, and group by group."""
-    if request.param == "one-panel":
+    """Run with tiles, with the weight in one panel, in panels of few entries, group by group."""
+    monkeypatch.setattr(_grouped, "FUSED_ROWS", 128 if request.param == "fused" else 0)
+    if request.param in ("fused", "one-panel"):
         return
     for module in (_grouped, _stacked):
         monkeypatch.setattr(module, "LEAST_ENTRIES", 3)

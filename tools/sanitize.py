@@ -26,7 +26,8 @@ FLAGS = [
 BUILD = native_build.ROOT / "build" / "sanitize"
 TESTED = (
     "native native_levels weighted_sum coefficient_grad combine_and_dot merged_linear ties elect "
-    "magnitude_threshold masks masked masked_merge row_gram softmax_entropy combine_rows row_linear"
+    "magnitude_threshold masks masked masked_merge row_gram softmax_entropy combine_rows "
+    "grouped_linear row_linear"
 )
 TESTS = [f"tests/test_{name}.py" for name in TESTED.split()]
 

@@ -139,6 +139,18 @@ void combine_rows(const TaskVectors& taus, uintptr_t coefficients, uintptr_t out
                           stride, out_dtype, grad_dtype, threads});
 }
 
+void grouped_linear(const TaskVectors& taus, uintptr_t coefficients, uintptr_t x, uintptr_t bias,
+                    uintptr_t y, uintptr_t starts, uintptr_t order, uintptr_t packed,
+                    uintptr_t scratch, int64_t groups, int64_t outer, int64_t inner,
+                    int64_t outer_stride, int64_t inner_stride, int64_t x_stride, int threads) {
+  py::gil_scoped_release release;
+  kernels().grouped_linear({taus.source(), pointer<const float>(coefficients),
+                            pointer<const float>(x), pointer<const float>(bias), pointer<float>(y),
+                            pointer<const int64_t>(starts), pointer<const int64_t>(order),
+                            pointer<float>(packed), pointer<float>(scratch), groups, outer, inner,
+                            outer_stride, inner_stride, x_stride, threads});
+}
+
 void magnitude_histogram(uintptr_t base, uintptr_t delta, int64_t size, int base_dtype,
                          int delta_dtype, bool experts, int level, int64_t prefix, uintptr_t counts,
                          uintptr_t scratch, int threads) {
@@ -377,6 +389,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("combine_rows", &combine_rows);
   m.def("combine_rows_scratch", &fastmerge::cpu::combine_rows_scratch, py::arg("k"),
         py::arg("groups"), "fp32 entries of scratch that a thread of combine_rows needs.");
+  m.def("grouped_linear", &grouped_linear);
+  m.def("grouped_linear_scratch", &fastmerge::cpu::grouped_linear_scratch, py::arg("k"),
+        "fp32 entries of scratch that a thread of grouped_linear needs.");
   m.def("magnitude_histogram", &magnitude_histogram);
   m.def("magnitude_bracket", &magnitude_bracket);
   m.def("ties_merge", &ties_merge);

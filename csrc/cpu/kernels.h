@@ -9,6 +9,7 @@ void weighted_sum(const WeightedSumParams& p);
 void coefficient_grad(const CoefficientGradParams& p);
 void combine_and_dot(const CombineAndDotParams& p);
 void combine_rows(const CombineRowsParams& p);
+void grouped_linear(const GroupedLinearParams& p);
 void magnitude_histogram(const MagnitudeHistogramParams& p);
 void magnitude_bracket(const MagnitudeBracketParams& p);
 void ties_merge(const TiesMergeParams& p);

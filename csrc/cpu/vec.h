@@ -1,10 +1,11 @@
 // Sixteen fp32 lanes on top of the compiler's vector extensions, in pieces of the level's width.
 //
-// Only IEEE multiply, add, subtract, divide, compare and select, never a fused multiply-add: every
-// level gives the same bytes. Loads widen fp16 and bf16 to fp32; stores round to nearest even and
-// write one NaN only, since payloads depend on the operand order a compiler happens to choose.
-// No standard C++ library: an inline function of it compiled here could be linked into baseline
-// code.
+// Only IEEE multiply, add, subtract, divide, compare and select, and no multiply-add is fused but
+// that of multiply_add, which always is, and wide.h's of exact products: every level gives the same
+// bytes. Loads widen fp16 and
+// bf16 to fp32; stores round to nearest even and write one NaN only, since payloads depend on the
+// operand order a compiler happens to choose. No standard C++ library: an inline function of it
+// compiled here could be linked into baseline code.
 #pragma once
 
 #include <stdint.h>
@@ -50,7 +51,7 @@ struct Mask {
 
 FASTMERGE_INLINE F32 broadcast(float x) {
   F32 r;
-  FASTMERGE_PARTS r.part[j] = PartF{} + x;
+  FASTMERGE_PARTS r.part[j] = x - PartF{};  // not a sum, which would lose the sign of -0
   return r;
 }
 
@@ -67,6 +68,24 @@ FASTMERGE_BINARY(-)
 FASTMERGE_BINARY(*)
 FASTMERGE_BINARY(/)
 #undef FASTMERGE_BINARY
+
+// a * b + c, rounded once. Slow where the level has no instruction for it.
+FASTMERGE_INLINE PartF multiply_add(PartF a, PartF b, PartF c) {
+#if defined(__AVX512F__)
+  return (PartF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (PartF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int lane = 0; lane < kWidth; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return c;
+#endif
+}
+
+FASTMERGE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+  F32 r;
+  FASTMERGE_PARTS r.part[j] = multiply_add(a.part[j], b.part[j], c.part[j]);
+  return r;
+}
 
 #define FASTMERGE_COMPARE(op)                           \
   FASTMERGE_INLINE Mask operator op(F32 a, F32 b) {     \

@@ -1,8 +1,10 @@
 """The grouped strategy of `merged_linear` on a CPU: rows with equal coefficients share a panel.
 
-A panel of base and deltas is read once from memory and combined for one group of rows after the
-other, several at a time; each product is a vendor GEMM over its group. So one task per sample
-costs about what the plain product does, and a weight per sample K multiply-adds an entry more.
+Small groups of fp32 rows go through one kernel, `grouped_linear`, that merges a tile and multiplies
+it before it leaves the cache. Elsewhere a panel of base and deltas is read once from memory and
+combined for one group of rows after the other, several at a time, and each product is a vendor GEMM
+over its group. So one task per sample costs about what the plain product does, and a weight per
+sample K multiply-adds an entry more.
 
 A panel is a range along the longer side of the weight: short panels that are thin the other way
 would leave a GEMM over few rows of activations little to reuse.
@@ -25,13 +27,15 @@ from ._panel import scratch_panel
 BATCH_BYTES = 12 << 20
 LEAST_ENTRIES = 128
 MULTIPLE = 64
+# Rows a group, on average, up to which merged tiles in the cache gain more than a vendor's GEMM.
+FUSED_ROWS = 128
 
 
 class GroupedLinear:
     """One merged linear layer whose rows of activations come in groups.
 
     Args:
-        kernels: module with combine_rows.
+        kernels: module with combine_rows and grouped_linear.
         base: [rows, width] contiguous.
         deltas: K tensors like base, contiguous.
         groups: rows of activations by coefficients, which are fp32.
@@ -66,6 +70,8 @@ class GroupedLinear:
         self.rows = groups.spans()
         equal = len(set(groups.sizes)) == 1
         self.size = groups.sizes[0] if equal else None
+        small = sum(groups.sizes) <= FUSED_ROWS * count
+        self.fused = small and dtype == torch.float32 and kernels.fuses_multiply_add()
 
     def scratch_bytes(self) -> int:
         """Bytes of merged weights and weight gradients that a backward pass holds at most."""
@@ -76,6 +82,8 @@ class GroupedLinear:
         used = (self.coefficients != 0).any(0).nonzero().flatten()  # others need not be read
         deltas = [self.deltas[k] for k in used.tolist()]
         coefficients = self.coefficients[:, used].contiguous()
+        if self.fused:
+            return self._multiply_tiles(x, deltas, coefficients, bias, self.transpose)
         x = self.groups.gather(x)
         total = self._total(x, self.base.shape[1 if self.transpose else 0], self.by_outputs)
         for span in self.spans:
@@ -92,6 +100,12 @@ class GroupedLinear:
         self, dy: Tensor, x: Tensor, need_x: bool, need_coefficients: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """dX [R, I] in the GEMMs' dtype and dlambda fp64 [G, K], each None if not needed."""
+        dx = None
+        if need_x and self.fused:
+            dx = self._multiply_tiles(dy, self.deltas, self.coefficients, None, not self.transpose)
+            if not need_coefficients:
+                return dx, None
+            need_x = False
         dy, x = self.groups.gather(dy), self.groups.gather(x)
         total = self._total(dy, x.shape[1], not self.by_outputs) if need_x else None
         dots = torch.zeros(self.coefficients.shape, dtype=torch.float64)
@@ -101,8 +115,30 @@ class GroupedLinear:
             for part, weights in panels:
                 if need_x:
                     self._multiply(total, dy, weights, span, part, not self.by_outputs)
-        dx = self.groups.scatter(total.to(self.dtype)) if need_x else None
+        if need_x:
+            dx = self.groups.scatter(total.to(self.dtype))
         return dx, dots if need_coefficients else None
+
+    def _multiply_tiles(
+        self,
+        rows: Tensor,
+        deltas: Sequence[Tensor],
+        coefficients: Tensor,
+        bias: Tensor | None,
+        transpose: bool,
+    ) -> Tensor:
+        """rows_g W_g^T + bias, or rows_g W_g with `transpose`, without a merged panel."""
+        return self.kernels.grouped_linear(
+            rows if rows.stride(1) == 1 else rows.contiguous(),
+            self.base,
+            deltas,
+            coefficients,
+            self.groups.sizes,
+            self.groups.order,
+            None if bias is None else bias.contiguous(),
+            self.experts,
+            transpose,
+        )
 
     def _combined(
         self,

@@ -2,9 +2,9 @@
 //
 // Pointers need only the alignment of their element type. Nothing here allocates or throws; every
 // check of a size, dtype or alias belongs to the caller. `threads` is an upper bound: small inputs
-// run on the calling thread. Arithmetic is fp32 multiply and add without contraction, so results
-// have the same bytes at every instruction-set level and thread count; a NaN result is always the
-// positive quiet NaN.
+// run on the calling thread. Arithmetic is fp32 multiply and add without contraction (or, where it
+// says so, always with it), so results have the same bytes at every instruction-set level and
+// thread count; a NaN result is always the positive quiet NaN.
 #pragma once
 
 #include <stdint.h>
@@ -108,6 +108,46 @@ struct CombineRowsParams {
   int64_t stride;
   int out_dtype;
   int grad_dtype;
+  int threads;
+};
+
+// Inputs and outputs of a tile of grouped_linear: with the task vectors of K experts and merged for
+// two groups it takes half of a second-level cache of 1 MiB.
+constexpr int64_t kLinearDepth = 128;
+constexpr int64_t kLinearUnit = 32;  // a multiple of every level's panel
+
+static inline int64_t linear_depths(int64_t inner) {
+  return inner > 0 ? (inner + kLinearDepth - 1) / kLinearDepth : 1;
+}
+static inline int64_t linear_width(int64_t k) {
+  int64_t units = 36 / (k + 3);
+  return kLinearUnit * (units < 1 ? 1 : units);
+}
+
+// Floats of scratch that a thread needs.
+static inline int64_t grouped_linear_scratch(int64_t k) {
+  return (k + 3) * kLinearDepth * linear_width(k);
+}
+
+// y_g = x_g W_g^T + bias with W_g = base + sum_k coefficients[g, k] * tau_k, without the terms
+// whose coefficient is zero, for rows of x in groups. Entry (o, i) of the weight lies at
+// o * outer_stride + i * inner_stride, of which one is 1. Fused multiply-adds, at every level.
+struct GroupedLinearParams {
+  Source source;
+  const float* coefficients;  // [G, K]
+  const float* x;             // [R, inner], rows x_stride apart
+  const float* bias;          // [outer], or null
+  float* y;                   // [R, outer]
+  const int64_t* starts;      // [G + 1]: group g has the rows order[starts[g] .. starts[g + 1])
+  const int64_t* order;       // [R], or null for the order they have
+  float* packed;              // [R, inner]
+  float* scratch;             // [threads, grouped_linear_scratch(K)]
+  int64_t groups;
+  int64_t outer;
+  int64_t inner;
+  int64_t outer_stride;
+  int64_t inner_stride;
+  int64_t x_stride;
   int threads;
 };
 
@@ -423,6 +463,7 @@ struct KernelTable {
   void (*coefficient_grad)(const CoefficientGradParams&);
   void (*combine_and_dot)(const CombineAndDotParams&);
   void (*combine_rows)(const CombineRowsParams&);
+  void (*grouped_linear)(const GroupedLinearParams&);
   void (*magnitude_histogram)(const MagnitudeHistogramParams&);
   void (*magnitude_bracket)(const MagnitudeBracketParams&);
   void (*ties_merge)(const TiesMergeParams&);

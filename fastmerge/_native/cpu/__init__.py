@@ -9,6 +9,7 @@ from .combine_and_dot import combine_and_dot
 from .combine_rows import combine_rows
 from .concrete import concrete_combine, concrete_mean, concrete_mean_backward
 from .elect import elect
+from .grouped_linear import fuses_multiply_add, grouped_linear
 from .magnitude_bracket import magnitude_bracket
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_masks import magnitude_masks, tie_counts
