@@ -198,6 +198,28 @@ def check_float(op: str, argument: str, tensor: Tensor) -> None:
     )
 
 
+def check_linear(op: str, x: Tensor, base: Tensor, bias: Tensor | None, transpose: bool) -> None:
+    """Inputs, a 2-D base [out, in] ([in, out] with `transpose`) and a bias that fit together."""
+    check_float(op, "x", x)
+    check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
+    inner, outer = (0, 1) if transpose else (1, 0)
+    check(
+        x.dim() >= 1 and x.shape[-1] == base.shape[inner] and x.device == base.device,
+        lambda: (
+            f"{op}: x is {list(x.shape)} on {x.device}, "
+            f"expected [..., {base.shape[inner]}] on {base.device}"
+        ),
+    )
+    if bias is not None:
+        check(
+            list(bias.shape) == [base.shape[outer]] and bias.device == base.device,
+            lambda: (
+                f"{op}: bias is {list(bias.shape)} on {bias.device}, "
+                f"expected [{base.shape[outer]}] on {base.device}"
+            ),
+        )
+
+
 def check_magnitudes(op: str, delta: Tensor, base: Tensor | None) -> None:
     """A delta whose magnitudes are counted, and a base of its shape and device if it is an expert.
 

@@ -16,7 +16,7 @@ from ._library import (
     accumulate_dtype,
     as_rows,
     check,
-    check_float,
+    check_linear,
     refuse_forward_mode,
     refuse_gradient,
     register,
@@ -127,24 +127,7 @@ def _layer(x, base, deltas, logits, mask, coefficients, experts, transpose, grad
 def _check(x, base, deltas, logits, temperature, offset, coefficients, bias, transpose):
     op = "concrete_linear"
     check_concrete(op, base, deltas, logits, temperature, offset, coefficients)
-    check_float(op, "x", x)
-    check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
-    inner, outer = (0, 1) if transpose else (1, 0)
-    check(
-        x.dim() >= 1 and x.shape[-1] == base.shape[inner] and x.device == base.device,
-        lambda: (
-            f"{op}: x is {list(x.shape)} on {x.device}, "
-            f"expected [..., {base.shape[inner]}] on {base.device}"
-        ),
-    )
-    if bias is not None:
-        check(
-            list(bias.shape) == [base.shape[outer]] and bias.device == base.device,
-            lambda: (
-                f"{op}: bias is {list(bias.shape)} on {bias.device}, "
-                f"expected [{base.shape[outer]}] on {base.device}"
-            ),
-        )
+    check_linear(op, x, base, bias, transpose)
 
 
 def _merged(base, deltas, logits, mask, coefficients, experts, dtype):

@@ -21,6 +21,7 @@ from ._library import (
     as_rows,
     check,
     check_float,
+    check_linear,
     empty_gradients,
     refuse_forward_mode,
     refuse_gradient,
@@ -79,16 +80,9 @@ def lowrank_linear(
 
 def _check(x, base, down, up, ranks, coefficients, bias, transpose):
     op = "lowrank_linear"
-    for name, tensor in (("x", x), ("base", base), ("down", down), ("up", up)):
+    for name, tensor in (("base", base), ("down", down), ("up", up)):
         check_float(op, name, tensor)
-    check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
-    inner, outer = reversed(base.shape) if not transpose else base.shape
-    check(
-        x.dim() >= 1 and x.shape[-1] == inner and x.device == base.device,
-        lambda: (
-            f"{op}: x is {list(x.shape)} on {x.device}, expected [..., {inner}] on {base.device}"
-        ),
-    )
+    check_linear(op, x, base, bias, transpose)
     check(
         len(ranks) > 0 and min(ranks) >= 0,
         lambda: f"{op}: ranks is {list(ranks)}, expected K >= 1 ranks of at least 0",
@@ -104,14 +98,6 @@ def _check(x, base, down, up, ranks, coefficients, bias, transpose):
             ),
         )
     check_row_coefficients(op, coefficients, x.shape[:-1], len(ranks), base.device)
-    if bias is not None:
-        check(
-            list(bias.shape) == [outer] and bias.device == base.device,
-            lambda: (
-                f"{op}: bias is {list(bias.shape)} on {bias.device}, "
-                f"expected [{outer}] on {base.device}"
-            ),
-        )
 
 
 def expert_of_rank(ranks: Sequence[int], device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from ._library import (
     as_task_vector,
     check,
     check_deltas,
-    check_float,
+    check_linear,
     empty_gradients,
     own_operation,
     refuse_forward_mode,
@@ -83,25 +83,8 @@ def merged_linear(
 def _check(x, base, deltas, coefficients, bias, transpose):
     op = "merged_linear"
     check_deltas(op, base, deltas)
-    check_float(op, "x", x)
-    check(base.dim() == 2, lambda: f"{op}: base has shape {list(base.shape)}, expected 2-D")
-    inner, outer = (0, 1) if transpose else (1, 0)
-    check(
-        x.dim() >= 1 and x.shape[-1] == base.shape[inner] and x.device == base.device,
-        lambda: (
-            f"{op}: x is {list(x.shape)} on {x.device}, "
-            f"expected [..., {base.shape[inner]}] on {base.device}"
-        ),
-    )
+    check_linear(op, x, base, bias, transpose)
     check_row_coefficients(op, coefficients, x.shape[:-1], len(deltas), base.device)
-    if bias is not None:
-        check(
-            list(bias.shape) == [base.shape[outer]] and bias.device == base.device,
-            lambda: (
-                f"{op}: bias is {list(bias.shape)} on {bias.device}, "
-                f"expected [{base.shape[outer]}] on {base.device}"
-            ),
-        )
 
 
 def _merged(base, deltas, coefficients, experts, dtype):
